@@ -1,0 +1,137 @@
+"""Hook points that know their axes; unlike a plain `HookPoint`, an idle one costs one `if`.
+
+A `Hook` hands every listener that may write a private copy, so an in-place edit changes what lies downstream and
+never the tensors upstream of it (nor the entries a cache has already stored). Functions that promise to only read
+carry `only_reads = True` (see `reader`) and are shown the tensor itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+Fn = TypeVar("Fn", bound=Callable[..., Any])
+
+
+def reader(fn: Fn) -> Fn:
+    """Mark a hook function as one that never edits, in place or by returning: it then sees the tensor uncopied.
+
+    >>> @reader
+    ... def norm(act, hook):
+    ...     print(hook.name, act.norm())
+    """
+    fn.only_reads = True  # type: ignore[attr-defined]
+    return fn
+
+
+class Hook(HookPoint):
+    """A named place in the forward pass where a tensor with known axes can be read or replaced.
+
+    `axes` are the jaxtyping axis names of what passes through, `"batch pos d_model"` for instance.
+    The name is the attribute path, set by `HookedRootModule.setup`.
+    """
+
+    def __init__(self, axes: str):
+        super().__init__()
+        self.axes = axes
+        self.fired = 0
+        self._shown: tuple[Tensor, int | None] | None = None
+
+    @property
+    def type(self) -> Any:
+        """The jaxtyping type of the activation, `Float[Tensor, axes]`."""
+        return Float[Tensor, self.axes]
+
+    @property
+    def live(self) -> bool:
+        """True when anything listens, forward or backward."""
+        return bool(self._forward_hooks or self._backward_hooks or self._forward_pre_hooks)
+
+    @property
+    def wants_grad(self) -> bool:
+        """True when a listener asked for the gradient at this very place."""
+        return bool(self._backward_hooks) or any(getattr(h.user_hook, "wants_grad", False) for h in self.fwd_hooks)
+
+    @property
+    def may_write(self) -> bool:
+        """True when a listener could edit what it is shown: any function that is not marked by `reader`."""
+        foreign = len(self._forward_hooks) != len(self.fwd_hooks) or bool(self._forward_pre_hooks)
+        return foreign or any(not getattr(handle.user_hook, "only_reads", False) for handle in self.fwd_hooks)
+
+    def layer(self) -> int:
+        """The block this hook sits in, in either tower; raises for a hook outside the blocks."""
+        match = re.search(r"(?:^|\.)blocks\.(\d+)\.", self.name or "")
+        if match is None:
+            raise ValueError(f"{self.name!r} is not inside a block, so it has no layer")
+        return int(match.group(1))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not (self._forward_hooks or self._backward_hooks or self._forward_pre_hooks):
+            return x
+        self.fired += 1
+        y = super().__call__(x)
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(f"a function on {self.name!r} returned {got}; expected {tuple(x.shape)} ({self.axes})")
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.may_write:
+            # a node of its own, so that the gradient here is this branch's and not the whole tensor's
+            return x.view_as(x) if self.wants_grad else x
+        copy = x.clone()
+        self._shown = (copy, None if copy.is_inference() else copy._version)
+        return copy
+
+    def look(self, x: Tensor) -> tuple[Tensor, bool]:
+        """Show a *derived* value, one that the fast path does not need: `(what came back, was it touched)`.
+
+        Touched means that a listener returned another tensor, edited in place, or asked for the gradient here; then
+        the forward must go on from what came back. Otherwise it must not, so that looking never changes a bit.
+        """
+        if not self.live:
+            return x, False
+        self._shown = None
+        y = self(x)
+        shown, self._shown = self._shown, None
+        if y is x:
+            return y, False
+        if shown is None or y is not shown[0]:
+            return y, True
+        copy, version = shown
+        return y, copy._version != version if version is not None else not torch.equal(copy, x)
+
+
+def splice(fast: Tensor, slow: Tensor, before: Tensor, after: Tensor, over: int = 1) -> Tensor:
+    """Rows of `slow` where an edit changed the derived value (`before` → `after`), rows of `fast` elsewhere.
+
+    `over` trailing axes of the derived value make up one row. Rows that nobody changed keep the fast path's bits.
+    Under autograd everything comes from `slow`, so that gradients flow through the edit.
+    """
+    if torch.is_grad_enabled() and (after.requires_grad or slow.requires_grad):
+        return slow
+    changed = (before != after).flatten(-over).any(-1, keepdim=True)
+    return torch.where(changed, slow.to(fast.dtype), fast)
+
+
+class HookRow(NamedTuple):
+    """One line of the hook table: full name with `{layer}` for the block index, and axes."""
+
+    name: str
+    axes: str
+
+
+def hook_table(model: nn.Module) -> list[HookRow]:
+    """Every hook of a model in forward order of declaration, blocks folded to one `{layer}` row each."""
+    rows = dict.fromkeys(
+        HookRow(re.sub(r"blocks\.\d+\.", "blocks.{layer}.", name), module.axes)
+        for name, module in model.named_modules()
+        if isinstance(module, Hook)
+    )
+    return list(rows)

@@ -1,0 +1,338 @@
+"""The parts that both towers are built from: norms, rotary positions, attention, MLPs and the pre-norm block.
+
+Unusual: values that a fast forward never forms (scores, pattern, per-head result, norm scale) are computed only when
+somebody listens, and are spliced back into the forward only where a listener changed them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from llava_lens import kernels
+from llava_lens.config import ACTIVATIONS, DecoderConfig, TowerConfig
+from llava_lens.hooks import Hook, splice
+
+Stream = Float[Tensor, "batch pos d_model"]
+Heads = Float[Tensor, "batch pos head d_head"]
+
+
+class Mask(NamedTuple):
+    """Which keys a query may see: `allowed` where given, else all of them, or the earlier ones if `causal`."""
+
+    allowed: Tensor | None = None
+    causal: bool = False
+
+
+class Angles(NamedTuple):
+    """Rotary cosines and sines, `[#batch, 1, pos, d_head]` each."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class RMSNorm(nn.Module):
+    """`weight ∘ x / rms(x)`; `hook_normalized` sits before the gain, `hook_scale` is the root mean square."""
+
+    def __init__(self, cfg: TowerConfig):
+        super().__init__()
+        self.eps = cfg.eps
+        self.weight = nn.Parameter(torch.ones(cfg.d_model))
+        self.hook_scale = Hook("batch pos 1")
+        self.hook_normalized = Hook("batch pos d_model")
+
+    @property
+    def w(self) -> Float[Tensor, " d_model"]:
+        return self.weight
+
+    @property
+    def b(self) -> Float[Tensor, " d_model"]:
+        return torch.zeros_like(self.weight)
+
+    def forward(self, x: Stream) -> Stream:
+        normalized, mean_square = kernels.rms_norm_parts(x, self.eps)
+        if self.hook_scale.live:
+            scale = mean_square.sqrt()
+            seen, touched = self.hook_scale.look(scale)
+            if touched:
+                normalized = splice(normalized, kernels.upcast(x) / seen, scale, seen)
+        return self.weight * self.hook_normalized(normalized.to(x.dtype))
+
+
+class LayerNorm(nn.Module):
+    """`weight ∘ (x - mean) / std + bias`; `hook_normalized` sits before gain and bias, `hook_scale` is the std."""
+
+    def __init__(self, cfg: TowerConfig):
+        super().__init__()
+        self.eps = cfg.eps
+        self.weight = nn.Parameter(torch.ones(cfg.d_model))
+        self.bias = nn.Parameter(torch.zeros(cfg.d_model))
+        self.hook_scale = Hook("batch pos 1")
+        self.hook_normalized = Hook("batch pos d_model")
+
+    @property
+    def w(self) -> Float[Tensor, " d_model"]:
+        return self.weight
+
+    @property
+    def b(self) -> Float[Tensor, " d_model"]:
+        return self.bias
+
+    def forward(self, x: Stream) -> Stream:
+        out = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        if not (self.hook_scale.live or self.hook_normalized.live):
+            return out
+        centered, scale = kernels.layer_norm_parts(x, self.eps)
+        before = (centered / scale).to(x.dtype)
+        seen, touched_scale = self.hook_scale.look(scale)
+        after = (centered / seen).to(x.dtype) if touched_scale else before
+        after, touched = self.hook_normalized.look(after)
+        if not (touched or touched_scale):
+            return out
+        return splice(out, after * self.weight + self.bias, before, after)
+
+
+class Rotary(nn.Module):
+    """Cosines and sines for token positions, in float32 whatever the model's dtype is, for every rope scaling."""
+
+    def __init__(self, cfg: DecoderConfig):
+        super().__init__()
+        self.cfg = cfg
+        self._frequencies: dict[int | None, tuple[Tensor, float]] = {}
+
+    def forward(self, positions: Int[Tensor, "#batch pos"], dtype: torch.dtype) -> Angles:
+        length = self.cfg.rope_length(int(positions.max()) + 1) if self._depends_on_length else None
+        if length not in self._frequencies:
+            self._frequencies[length] = self.cfg.rope_frequencies(length)
+        inv_freq, factor = self._frequencies[length]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        inv_freq = inv_freq.to(positions.device, wide)
+        angles = positions[:, None, :, None].to(wide) * inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        return Angles((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype))
+
+    @property
+    def _depends_on_length(self) -> bool:
+        return self.cfg.rope.get("rope_type", "default") in ("dynamic", "longrope")
+
+
+class KVCache:
+    """Rotated keys and values of the tokens seen so far, `[batch, kv_head, pos, d_head]` per layer."""
+
+    def __init__(self, n_layers: int):
+        self.entries: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
+
+    @property
+    def length(self) -> int:
+        """Positions held."""
+        return 0 if self.entries[0] is None else self.entries[0][0].shape[2]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append one layer's new keys and values; returns all of them."""
+        held = self.entries[layer]
+        if held is not None:
+            k, v = torch.cat((held[0], k), dim=2), torch.cat((held[1], v), dim=2)
+        self.entries[layer] = (k, v)
+        return k, v
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped key/value heads. Weights keep the checkpoint's layout; `W_*` are views."""
+
+    def __init__(self, cfg: TowerConfig, layer: int):
+        super().__init__()
+        self.cfg, self.layer = cfg, layer
+        self.implementation = "sdpa"
+        width, kv_width = cfg.n_heads * cfg.d_head, cfg.n_key_value_heads * cfg.d_head
+        self.q_proj = nn.Linear(cfg.d_model, width, bias=cfg.attn_bias)
+        self.k_proj = nn.Linear(cfg.d_model, kv_width, bias=cfg.attn_bias)
+        self.v_proj = nn.Linear(cfg.d_model, kv_width, bias=cfg.attn_bias)
+        self.o_proj = nn.Linear(width, cfg.d_model, bias=cfg.attn_bias)
+        self.hook_q = Hook("batch pos head d_head")
+        self.hook_k = Hook("batch pos kv_head d_head")
+        self.hook_v = Hook("batch pos kv_head d_head")
+        if isinstance(cfg, DecoderConfig):
+            self.hook_rot_q = Hook("batch pos head d_head")
+            self.hook_rot_k = Hook("batch pos kv_head d_head")
+        self.hook_attn_scores = Hook("batch head query key")
+        self.hook_pattern = Hook("batch head query key")
+        self.hook_z = Hook("batch pos head d_head")
+        self.hook_result = Hook("batch pos head d_model")
+
+    def forward(self, x: Stream, mask: Mask, angles: Angles | None = None, past: KVCache | None = None) -> Stream:
+        q = self.hook_q(self._split(self.q_proj(x))).transpose(1, 2)
+        k = self.hook_k(self._split(self.k_proj(x))).transpose(1, 2)
+        v = self.hook_v(self._split(self.v_proj(x))).transpose(1, 2)
+        if angles is not None:
+            q = self.hook_rot_q(kernels.rotate(q, *angles).transpose(1, 2)).transpose(1, 2)
+            k = self.hook_rot_k(kernels.rotate(k, *angles).transpose(1, 2)).transpose(1, 2)
+        if past is not None:
+            k, v = past.extend(self.layer, k, v)
+        z = self.attend(q, k, v, mask).transpose(1, 2).contiguous()
+        return self._output(self.hook_z(z))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Float[Tensor, "batch head query d_head"]:
+        """Mix the values; scores and pattern are formed for listeners, or because the eager path needs them."""
+        eager = self.implementation == "eager"
+        fast = None if eager else kernels.attention(q, k, v, self.scale, *mask)
+        if fast is not None and not (self.hook_attn_scores.live or self.hook_pattern.live):
+            return fast
+        scores = kernels.attention_scores(q, k, self.scale, *mask, uniform_dead_rows=eager)
+        before = kernels.attention_pattern(scores)
+        seen, touched_scores = self.hook_attn_scores.look(scores)
+        after = kernels.attention_pattern(seen) if touched_scores else before
+        after, touched_pattern = self.hook_pattern.look(after)
+        if fast is None:
+            return kernels.mix_values(after, v)
+        if not (touched_scores or touched_pattern):
+            return fast
+        return splice(fast, kernels.mix_values(after, v), before, after)
+
+    def _output(self, z: Heads) -> Stream:
+        out = self.o_proj(z.reshape(*z.shape[:-2], -1))
+        if not self.hook_result.live:
+            return out
+        before = einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
+        after, touched = self.hook_result.look(before)
+        return splice(out, after.sum(-2) + self.b_O, before, after, over=2) if touched else out
+
+    def _split(self, x: Tensor) -> Heads:
+        return x.view(*x.shape[:-1], -1, self.cfg.d_head)
+
+    @property
+    def scale(self) -> float:
+        """Factor on the dot products, 1/√d_head."""
+        return self.cfg.d_head**-0.5
+
+    @property
+    def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
+        return rearrange(self.q_proj.weight, "(head d_head) d_model -> head d_model d_head", d_head=self.cfg.d_head)
+
+    @property
+    def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
+        return rearrange(self.k_proj.weight, "(head d_head) d_model -> head d_model d_head", d_head=self.cfg.d_head)
+
+    @property
+    def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
+        return rearrange(self.v_proj.weight, "(head d_head) d_model -> head d_model d_head", d_head=self.cfg.d_head)
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        return rearrange(self.o_proj.weight, "d_model (head d_head) -> head d_head d_model", d_head=self.cfg.d_head)
+
+    @property
+    def b_Q(self) -> Float[Tensor, "head d_head"]:
+        return self._head_bias(self.q_proj)
+
+    @property
+    def b_K(self) -> Float[Tensor, "kv_head d_head"]:
+        return self._head_bias(self.k_proj)
+
+    @property
+    def b_V(self) -> Float[Tensor, "kv_head d_head"]:
+        return self._head_bias(self.v_proj)
+
+    @property
+    def b_O(self) -> Float[Tensor, " d_model"]:
+        return bias_of(self.o_proj)
+
+    def _head_bias(self, linear: nn.Linear) -> Tensor:
+        return rearrange(bias_of(linear), "(head d_head) -> head d_head", d_head=self.cfg.d_head)
+
+
+class MLP(nn.Module):
+    """`act(x W_in) W_out`, as in the vision tower."""
+
+    def __init__(self, cfg: TowerConfig):
+        super().__init__()
+        self.act = ACTIVATIONS[cfg.act_fn]
+        self.in_proj = nn.Linear(cfg.d_model, cfg.d_mlp, bias=cfg.mlp_bias)
+        self.out_proj = nn.Linear(cfg.d_mlp, cfg.d_model, bias=cfg.mlp_bias)
+        self.hook_pre = Hook("batch pos d_mlp")
+        self.hook_post = Hook("batch pos d_mlp")
+
+    def forward(self, x: Stream) -> Stream:
+        return self.out_proj(self.hook_post(self.act(self.hook_pre(self.in_proj(x)))))
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        return self.in_proj.weight.T
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        return self.out_proj.weight.T
+
+    @property
+    def b_in(self) -> Float[Tensor, " d_mlp"]:
+        return bias_of(self.in_proj)
+
+    @property
+    def b_out(self) -> Float[Tensor, " d_model"]:
+        return bias_of(self.out_proj)
+
+
+class GatedMLP(MLP):
+    """`(act(x W_gate) ∘ x W_in) W_out`, as in Llama; `hook_pre` is the gate's input to the activation."""
+
+    def __init__(self, cfg: TowerConfig):
+        super().__init__(cfg)
+        self.gate_proj = nn.Linear(cfg.d_model, cfg.d_mlp, bias=cfg.mlp_bias)
+        self.hook_pre_linear = Hook("batch pos d_mlp")
+
+    def forward(self, x: Stream) -> Stream:
+        pre = self.hook_pre(self.gate_proj(x))
+        pre_linear = self.hook_pre_linear(self.in_proj(x))
+        return self.out_proj(self.hook_post(self.act(pre) * pre_linear))
+
+    @property
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
+        return self.gate_proj.weight.T
+
+    @property
+    def b_gate(self) -> Float[Tensor, " d_mlp"]:
+        return bias_of(self.gate_proj)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block; `hook_attn_in` and `hook_mlp_in` touch the branch, the rest the stream."""
+
+    def __init__(self, cfg: TowerConfig, layer: int, norm: type[nn.Module], mlp: type[nn.Module]):
+        super().__init__()
+        self.ln1 = norm(cfg)
+        self.attn = Attention(cfg, layer)
+        self.ln2 = norm(cfg)
+        self.mlp = mlp(cfg)
+        self.hook_resid_pre = Hook("batch pos d_model")
+        self.hook_attn_in = Hook("batch pos d_model")
+        self.hook_attn_out = Hook("batch pos d_model")
+        self.hook_resid_mid = Hook("batch pos d_model")
+        self.hook_mlp_in = Hook("batch pos d_model")
+        self.hook_mlp_out = Hook("batch pos d_model")
+        self.hook_resid_post = Hook("batch pos d_model")
+
+    def forward(self, x: Stream, mask: Mask, angles: Angles | None = None, past: KVCache | None = None) -> Stream:
+        x = self.hook_resid_pre(x)
+        x = x + self.hook_attn_out(self.attn(self.ln1(self.hook_attn_in(x)), mask, angles, past))
+        x = self.hook_resid_mid(x)
+        x = x + self.hook_mlp_out(self.mlp(self.ln2(self.hook_mlp_in(x))))
+        return self.hook_resid_post(x)
+
+
+def bias_of(linear: nn.Linear) -> Tensor:
+    """A linear layer's bias, zeros where it has none."""
+    return linear.bias if linear.bias is not None else linear.weight.new_zeros(linear.out_features)
+
+
+def accumulated_bias(blocks: nn.ModuleList, layer: int, mlp_input: bool, include_mlp_biases: bool) -> Tensor:
+    """Sum of the output biases that reach the stream before `layer` (or before its MLP), `[d_model]`."""
+    total = torch.zeros_like(blocks[0].attn.b_O) if len(blocks) else torch.zeros(())
+    for block in blocks[:layer]:
+        total = total + block.attn.b_O
+        if include_mlp_biases:
+            total = total + block.mlp.b_out
+    return total + blocks[layer].attn.b_O if mlp_input else total

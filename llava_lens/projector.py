@@ -1,0 +1,29 @@
+"""Patch features to vectors as wide as the decoder's stream."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llava_lens.config import ACTIVATIONS, LlavaConfig
+from llava_lens.hooks import Hook
+
+
+class Projector(nn.Module):
+    """LLaVA-1.5's two-layer perceptron; `hook_out` is what takes the place of the `<image>` tokens."""
+
+    def __init__(self, cfg: LlavaConfig):
+        super().__init__()
+        assert cfg.vision is not None
+        d_in = cfg.vision.d_model * len(cfg.vision.feature_layers)
+        self.act = ACTIVATIONS[cfg.projector_act_fn]
+        self.linear_1 = nn.Linear(d_in, cfg.d_model, bias=cfg.projector_bias)
+        self.linear_2 = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.projector_bias)
+        self.hook_in = Hook("batch feature d_features")
+        self.hook_pre = Hook("batch feature d_model")
+        self.hook_post = Hook("batch feature d_model")
+        self.hook_out = Hook("batch feature d_model")
+
+    def forward(self, features: Float[Tensor, "image feature d_features"]) -> Float[Tensor, "image feature d_model"]:
+        pre = self.hook_pre(self.linear_1(self.hook_in(features)))
+        return self.hook_out(self.linear_2(self.hook_post(self.act(pre))))
