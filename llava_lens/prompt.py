@@ -1,0 +1,279 @@
+"""From a question, an optional start of the answer and a number of images to token ids with a role for each.
+
+Unusual: the tokenizer sees the very text that Hugging Face's processor would give it, images expanded, so the ids are
+the same; the spans that tell question from template are found beside it, by rendering the template a second time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava_lens.config import LlavaConfig
+from llava_lens.errors import LensError, nearest
+from llava_lens.images import ImageProcessor
+
+Span = tuple[int, int]
+MARK = "7f3a question 7f3a"  # stands for the question to find its place in a template
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A checkpoint's tokenizer, image processor (None without a tower) and chat template (None: Vicuna's)."""
+
+    tokenizer: Any
+    image: ImageProcessor | None = None
+    chat_template: str | None = None
+    image_token: str = "<image>"
+
+    def __post_init__(self) -> None:
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise LensError(
+                f"a tokenizer of type {type(self.tokenizer).__name__}; expected a fast one (tokenizer.json)"
+            )
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, cfg: LlavaConfig, **kwargs: Any) -> Processor:
+        """Read a checkpoint's folder or hub name; `kwargs` (revision, local_files_only …) go to transformers.
+
+        A release without image settings gets CLIP's at the tower's size, padded to a square where its config says so.
+        """
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        whole = _json_of(source, "processor_config.json", **kwargs)
+        settings = whole.get("image_processor") or _json_of(source, "preprocessor_config.json", **kwargs)
+        if not settings and _json_of(source, "config.json", **kwargs).get("image_aspect_ratio") == "pad":
+            settings = {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+        template = _text_of(source, "chat_template.jinja", **kwargs)
+        template = template or _json_of(source, "chat_template.json", **kwargs).get("chat_template")
+        template = template or whole.get("chat_template") or tokenizer.chat_template
+        return cls(tokenizer, _image_processor(settings, cfg), template, whole.get("image_token", "<image>"))
+
+    @classmethod
+    def from_hf(cls, hf: Any, cfg: LlavaConfig) -> Processor:
+        """Wrap a `LlavaProcessor` of transformers, or a tokenizer alone (then CLIP's settings at the tower's size)."""
+        if isinstance(hf, Processor):
+            return hf
+        tokenizer = getattr(hf, "tokenizer", None) or hf
+        if not callable(tokenizer) or not hasattr(tokenizer, "convert_ids_to_tokens"):
+            raise LensError(f"a processor of type {type(hf).__name__}; expected a LlavaProcessor or a tokenizer")
+        template = getattr(hf, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+        image = _image_processor(getattr(hf, "image_processor", None) or {}, cfg)
+        return cls(tokenizer, image, template, getattr(hf, "image_token", None) or "<image>")
+
+    def knows_image_token(self, cfg: LlavaConfig) -> bool:
+        """Whether the tokenizer has a word for an image; raises `LensError` if it is not the config's."""
+        token_id = self.tokenizer.get_vocab().get(self.image_token)
+        if token_id is not None and cfg.image_token_id is not None and token_id != cfg.image_token_id:
+            raise LensError(
+                f"the tokenizer's {self.image_token} is {token_id}, the config's image_token_id {cfg.image_token_id}"
+            )
+        return token_id is not None
+
+
+def _text_of(source: str | Path, name: str, **kwargs: Any) -> str | None:
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        str(source), name, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False, **kwargs,
+    )  # fmt: skip
+    return Path(found).read_text(encoding="utf-8") if found else None
+
+
+def _json_of(source: str | Path, name: str, **kwargs: Any) -> dict[str, Any]:
+    return json.loads(_text_of(source, name, **kwargs) or "{}")
+
+
+def _image_processor(settings: Any, cfg: LlavaConfig) -> ImageProcessor | None:
+    if cfg.vision is None:
+        return None
+    if not settings or isinstance(settings, dict):
+        side = cfg.vision.image_size
+        settings = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, **(settings or {})}
+    return ImageProcessor(settings, cfg.vision.image_size, cfg.vision.patch_size)
+
+
+class Prompt(NamedTuple):
+    """A rendered prompt, each image one placeholder, and where the question and the given answer stand in it."""
+
+    text: str
+    question: Span
+    answer: Span
+
+    def label(self, start: int, end: int) -> str:
+        """The role of a token that covers these characters; one without characters belongs to where it stands."""
+        end = max(end, start + 1)
+        for name, (first, stop) in (("answer", self.answer), ("question", self.question)):
+            if start < stop and first < end:
+                return name
+        return "system" if start < self.question[0] else "template"
+
+
+def render(processor: Processor, question: str, n_images: int, answer: str = "", template: bool = True) -> Prompt:
+    """Put a question into the chat template (or take it as the whole prompt) and let the answer's start follow.
+
+    Without a placeholder in the question, one per image is put in front. Raises `LensError` for an empty question and
+    for a number of placeholders that is not the number of images.
+    """
+    if not question.strip():
+        raise LensError(f"an empty question ({question!r}); expected some text")
+    token = processor.image_token
+    given = question.count(token)
+    if given != n_images and (given or not template):
+        raise LensError(
+            f"{given} {token} in {question!r}, but {n_images} image{'s' * (n_images != 1)} given; expected as many"
+            + (f", or no {token} at all: one per image is then put in front" if template else "")
+        )
+    text, span = _in_template(processor, question, n_images) if template else _verbatim(question)
+    answer = answer.lstrip()
+    if answer:
+        text += answer if text[-1:].isspace() else f" {answer}"
+    return Prompt(text, _trimmed(text, span, token), (len(text) - len(answer), len(text)) if answer else (-1, -1))
+
+
+def _trimmed(text: str, span: Span, token: str) -> Span:
+    """The span without the placeholders and white space at its ends."""
+    edge = rf"(?:\s|{re.escape(token)})*"
+    inner = re.fullmatch(f"{edge}(.*?){edge}", text[slice(*span)], re.DOTALL)
+    assert inner is not None
+    return span[0] + inner.start(1), span[0] + inner.end(1)
+
+
+def _verbatim(prompt: str) -> tuple[str, Span]:
+    """A whole prompt; one in Vicuna's form has its question between `USER:` and `ASSISTANT:`."""
+    form = re.search(r"USER:(.*?)(?:ASSISTANT:|$)", prompt, re.DOTALL)
+    return prompt, form.span(1) if form else (0, len(prompt))
+
+
+def _in_template(processor: Processor, question: str, n_images: int) -> tuple[str, Span]:
+    token = processor.image_token
+    for as_parts in (True, False):
+        shell = _chat(processor, MARK, n_images if token not in question else 0, as_parts)
+        text = _chat(processor, question, n_images if token not in question else 0, as_parts)
+        if shell.count(MARK) != 1 or "'type'" in shell or text.count(token) != n_images:
+            continue
+        before, after = shell.split(MARK)
+        for said in (question, question.strip()):
+            if text == before + said + after:
+                return text, (len(before), len(before) + len(said))
+    raise LensError(
+        f"the chat template does not keep the question and its {n_images} {token}; "
+        "write the whole prompt and pass template=False"
+    )
+
+
+def _chat(processor: Processor, question: str, n_images: int, as_parts: bool) -> str:
+    """One user's turn and the opening of the assistant's; "" if the template cannot take content of this form."""
+    from jinja2 import TemplateError
+
+    flat = f"{processor.image_token}\n" * n_images + question
+    if processor.chat_template is None:
+        return f"USER: {flat} ASSISTANT:"
+    parts = [*[{"type": "image"}] * n_images, {"type": "text", "text": question}]
+    try:
+        return processor.tokenizer.apply_chat_template(
+            [{"role": "user", "content": parts if as_parts else flat}],
+            chat_template=processor.chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    except (TemplateError, TypeError):
+        return ""
+
+
+class Encoded(NamedTuple):
+    """Token ids with each token's characters in the prompt's text; an image's tokens all cover its placeholder."""
+
+    ids: list[int]
+    spans: list[Span]
+
+
+def encode(processor: Processor, prompt: Prompt, cfg: LlavaConfig) -> Encoded:
+    """Tokenize a prompt, each placeholder expanded to the image's tokens. Raises `LensError` for unknown words."""
+    bos = processor.tokenizer.bos_token
+    special = not (bos and prompt.text.startswith(bos))
+    known = processor.knows_image_token(cfg)
+    encoded = (_encode_whole if known else _encode_chunks)(processor, prompt.text, cfg, special)
+    _refuse_unknown(processor.tokenizer, prompt.text, encoded)
+    return encoded
+
+
+def _encode_whole(processor: Processor, text: str, cfg: LlavaConfig, special: bool) -> Encoded:
+    """For a tokenizer with a word for an image: all in one go, as Hugging Face does."""
+    token, n = processor.image_token, cfg.tokens_per_image
+    expanded = text.replace(token, token * n)
+    ids, spans = _call(processor.tokenizer, expanded, special)
+    starts = [m.start() for m in re.finditer(re.escape(token), text)]
+    shift, seen = (n - 1) * len(token), 0
+    for i, token_id in enumerate(ids):
+        if token_id == cfg.image_token_id and starts:
+            start = starts[seen // n]
+            spans[i], seen = (start, start + len(token)), seen + 1
+        else:
+            images = seen // n if n else 0
+            spans[i] = (spans[i][0] - images * shift, spans[i][1] - images * shift)
+    return Encoded(ids, _placed(spans))
+
+
+def _encode_chunks(processor: Processor, text: str, cfg: LlavaConfig, special: bool) -> Encoded:
+    """For a vocabulary without such a word: the text between images one by one, as the original release does."""
+    ids: list[int] = []
+    spans: list[Span] = []
+    at = 0
+    for i, chunk in enumerate(text.split(processor.image_token)):
+        if i:
+            ids += [cfg.image_token_id or 0] * cfg.tokens_per_image
+            spans += [(at - len(processor.image_token), at)] * cfg.tokens_per_image
+        if chunk or not i:
+            new_ids, new_spans = _call(processor.tokenizer, chunk, special)
+            skip = int(bool(i) and special and new_ids[:1] == [processor.tokenizer.bos_token_id])
+            ids += new_ids[skip:]
+            spans += [(start + at, end + at) for start, end in new_spans[skip:]]
+        at += len(chunk) + len(processor.image_token)
+    return Encoded(ids, _placed(spans))
+
+
+def _call(tokenizer: Any, text: str, special: bool) -> tuple[list[int], list[Span]]:
+    out = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    return list(out["input_ids"]), [tuple(span) for span in out["offset_mapping"]]
+
+
+def _placed(spans: list[Span]) -> list[Span]:
+    """Tokens without characters (`<s>`, say) get the place where the token before them ended."""
+    placed, at = [], 0
+    for start, end in spans:
+        placed.append((start, end) if start < end else (at, at))
+        at = placed[-1][1]
+    return placed
+
+
+def _refuse_unknown(tokenizer: Any, text: str, encoded: Encoded) -> None:
+    unknown = tokenizer.unk_token_id
+    words = [text[slice(*span)] for i, span in zip(encoded.ids, encoded.spans, strict=True) if i == unknown]
+    words = [word for word in dict.fromkeys(words) if word and word != tokenizer.unk_token]
+    if not words:
+        return
+    vocabulary = [word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens]
+    hints = [f"{word!r}{nearest(word.lower(), vocabulary)}" for word in words]
+    raise LensError(
+        f"words that the tokenizer does not know: {' | '.join(hints)} | in {text!r}; it knows {len(vocabulary)} words"
+    )
+
+
+def spell(tokenizer: Any, ids: list[int]) -> tuple[tuple[str, ...], str, tuple[Span, ...]]:
+    """The strings of ready-made tokens, a text that they spell, and each token's place in it."""
+    known = len(tokenizer)
+    strings = tuple(tokenizer.convert_ids_to_tokens(i) if 0 <= i < known else "" for i in ids)
+    marked = any(string.startswith(("▁", "Ġ")) for string in strings)  # else one token per word
+    text, spans = "", []
+    for string in strings:
+        if string.startswith(("▁", "Ġ")) or (text and not marked):
+            text += " "
+        spans.append((len(text), len(text) + len(string.lstrip("▁Ġ"))))
+        text += string.lstrip("▁Ġ")
+    return strings, text, tuple(spans)

@@ -1,0 +1,247 @@
+"""What every position of a prompt is: its role, its token, and for an image position the patch and the pixels it shows.
+
+Unusual: each position has exactly one label, and selectors are unions of labels, so roles never overlap or leave gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from llava_lens.errors import LensError, nearest
+from llava_lens.images import Axis, PixelMap
+
+LABELS = ("system", "image", "question", "answer", "template", "text", "padding")
+"""`system` stands before the question, `template` after it; `text` is text whose role is unknown."""
+SELECTORS = {**{label: (label,) for label in LABELS}, "text": tuple(x for x in LABELS if x not in ("image", "padding"))}
+SELECTORS["all"] = (*SELECTORS["text"], "image")
+"""Labels that a selector unites; as a selector, `text` is every position that is neither image nor padding."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of a prompt: its grid of patches, a class token in front or not, and the way back to its pixels."""
+
+    grid: tuple[int, int]
+    class_token: bool = False
+    map: PixelMap | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        return self.grid[0] * self.grid[1] + self.class_token
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The roles of one batch row; every position is counted with the row's padding.
+
+    `labels` holds one of `LABELS` per position, `tokens` the tokenizer's strings, `spans` each token's place in `text`.
+    """
+
+    labels: tuple[str, ...]
+    tokens: tuple[str, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    text: str = ""
+    spans: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.labels) - set(LABELS))
+        if unknown:
+            raise LensError(f"roles {unknown}; expected {', '.join(LABELS)}")
+        slots, tokens = self.labels.count("image"), sum(picture.n_tokens for picture in self.pictures)
+        if slots != tokens:
+            raise LensError(f"{slots} image positions; the {len(self.pictures)} images take {tokens}")
+        for name, values in (("tokens", self.tokens), ("spans", self.spans)):
+            if values and len(values) != len(self.labels):
+                raise LensError(f"{len(values)} {name} for {len(self.labels)} positions")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        counts = {label: self.labels.count(label) for label in LABELS if label in self.labels}
+        return f"Roles({', '.join(f'{n} {label}' for label, n in counts.items())})"
+
+    @property
+    def n_images(self) -> int:
+        return len(self.pictures)
+
+    @property
+    def last(self) -> int:
+        """The last position that is not padding: where the next token is predicted."""
+        return max(i for i, label in enumerate(self.labels) if label != "padding")
+
+    # Selecting positions
+
+    def positions(self, role: str, image: int | None = None) -> Int[Tensor, "selected"]:
+        """Positions of a role, ascending: a label, `last`, `text` (all but images) or `all` (all but padding).
+
+        With `image`, those of that image alone, its class token included. A role that does not occur gives none.
+
+        >>> Roles(("padding", "system", "question", "question")).positions("question")
+        tensor([2, 3])
+        """
+        if role == "last":
+            chosen = [self.last]
+        elif role in SELECTORS:
+            chosen = [i for i, label in enumerate(self.labels) if label in SELECTORS[role]]
+        else:
+            known = [*SELECTORS, "last"]
+            raise LensError(f"unknown role {role!r}{nearest(role, known)}; known: {', '.join(known)}")
+        if image is not None:
+            if role != "image":
+                raise LensError(f"role {role!r} of image {image}: only the role 'image' belongs to an image")
+            start = sum(picture.n_tokens for picture in self.pictures[: self._index(image)])
+            chosen = chosen[start : start + self.picture(image).n_tokens]
+        return torch.tensor(chosen, dtype=torch.long)
+
+    def patch_positions(self, image: int = 0) -> Int[Tensor, "row col"]:
+        """The position of every patch of one image, without its class token."""
+        picture = self.picture(image)
+        return self.positions("image", image)[int(picture.class_token) :].reshape(picture.grid)
+
+    def token_of(self, row: int, col: int, image: int = 0) -> int:
+        """The position of one patch."""
+        rows, cols = self.grid(image)
+        if not (0 <= row < rows and 0 <= col < cols):
+            raise LensError(
+                f"patch ({row}, {col}) of image {image}; expected rows 0 … {rows - 1}, columns 0 … {cols - 1}"
+            )
+        return int(self.patch_positions(image)[row, col])
+
+    def patch_of(self, position: int) -> tuple[int, int, int] | None:
+        """`(image, row, col)` of a position; None where no patch stands (text, padding, a class token)."""
+        if not 0 <= position < len(self):
+            raise LensError(f"position {position}; expected 0 … {len(self) - 1}")
+        if self.labels[position] != "image":
+            return None
+        nth = self.labels[:position].count("image")
+        for image, picture in enumerate(self.pictures):
+            if nth < picture.n_tokens:
+                patch = nth - picture.class_token
+                return None if patch < 0 else (image, *divmod(patch, picture.grid[1]))
+            nth -= picture.n_tokens
+        raise AssertionError("image positions and pictures disagree")
+
+    def positions_of(self, word: str) -> Int[Tensor, "selected"]:
+        """Positions of every token of every occurrence of a word (or words) in the question and the given answer.
+
+        Letter case does not matter. Raises `LensError` with the nearest words there are when it does not occur.
+        """
+        if not self.spans:
+            raise LensError("these roles carry no text; make the inputs with model.prepare to select by word")
+        said = [s for s, label in zip(self.spans, self.labels, strict=True) if label in ("question", "answer", "text")]
+        low, high = (min(s for s, _ in said), max(e for _, e in said)) if said else (0, 0)
+        pattern = rf"(?<!\w){re.escape(word.strip())}(?!\w)"
+        hits = [
+            m.span() for m in re.finditer(pattern, self.text, re.IGNORECASE) if low <= m.start() and m.end() <= high
+        ]
+        if not hits or not word.strip():
+            words = dict.fromkeys(re.findall(r"[\w'-]+", self.text[low:high].lower()))
+            raise LensError(f"no word {word!r} in {self.text[low:high]!r}{nearest(word.lower(), words)}")
+        touching = [
+            i
+            for i, (start, end) in enumerate(self.spans)
+            if start < end and self.labels[i] != "image" and any(start < stop and first < end for first, stop in hits)
+        ]
+        return torch.tensor(touching, dtype=torch.long)
+
+    # Pictures: from patches to the original's pixels and back
+
+    def _index(self, image: int) -> int:
+        if not 0 <= image < self.n_images:
+            there = f"0 … {self.n_images - 1}" if self.n_images else "none: the prompt has no image"
+            raise LensError(f"image {image}; expected {there}")
+        return image
+
+    def picture(self, image: int = 0) -> Picture:
+        """The facts about one image; raises `LensError` when there are fewer."""
+        return self.pictures[self._index(image)]
+
+    def grid(self, image: int = 0) -> tuple[int, int]:
+        """Patches of an image as (rows, columns)."""
+        return self.picture(image).grid
+
+    def map(self, image: int = 0) -> PixelMap:
+        """The way from an image's patches to its original pixels; raises `LensError` where it is unknown."""
+        found = self.picture(image).map
+        if found is None:
+            raise LensError("how the picture became pixel values is unknown here; make the inputs with model.prepare")
+        return found
+
+    def image_size(self, image: int = 0) -> tuple[int, int]:
+        """Width and height of the original picture."""
+        return self.map(image).size
+
+    def region(self, image: int = 0) -> tuple[float, float, float, float]:
+        """The box `(x0, y0, x1, y1)` of the original that all patches cover; outside it where it was padded."""
+        return self.map(image).region()
+
+    def box_of_patch(self, row: int, col: int, image: int = 0) -> tuple[float, float, float, float]:
+        """The box `(x0, y0, x1, y1)` of one patch in original pixels; outside the picture where that was padded."""
+        self.token_of(row, col, image)
+        return self.map(image).box_of_patch(row, col)
+
+    def patch_of_pixel(self, x: float, y: float, image: int = 0) -> tuple[int, int] | None:
+        """Row and column of the patch that shows the centre of an original pixel; None when it was cropped away."""
+        return self.map(image).patch_of_pixel(x, y)
+
+    def patches_of_mask(self, mask: Any, image: int = 0, buffer: int = 0) -> Bool[Tensor, "row col"]:
+        """The patches that a boolean mask `[height, width]` of the original touches, grown by `buffer` patches."""
+        return torch.from_numpy(self.map(image).patches_of_mask(np.asarray(mask), buffer))
+
+    def to_original(self, scores: Any, image: int = 0) -> Float[np.ndarray, "height width"]:
+        """Scores `[row, col]` of the patches laid over the original's pixels; NaN where it was cropped away."""
+        values = scores.detach().cpu().numpy() if isinstance(scores, Tensor) else np.asarray(scores)
+        return self.map(image).to_original(values)
+
+    # Changing shape, and JSON
+
+    def padded(self, before: int = 0, after: int = 0) -> Roles:
+        """The same row with padding put around it."""
+        return replace(
+            self,
+            labels=("padding",) * before + self.labels + ("padding",) * after,
+            tokens=(("",) * before + self.tokens + ("",) * after) if self.tokens else (),
+            spans=(((0, 0),) * before + self.spans + ((0, 0),) * after) if self.spans else (),
+        )
+
+    def kept(self, positions: Sequence[int]) -> Roles:
+        """The same row with only these positions; images must be kept whole."""
+        return replace(
+            self,
+            labels=tuple(self.labels[i] for i in positions),
+            tokens=tuple(self.tokens[i] for i in positions) if self.tokens else (),
+            spans=tuple(self.spans[i] for i in positions) if self.spans else (),
+        )
+
+    def to_json(self) -> str:
+        """Everything as one JSON text, for a cache's manifest."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Roles:
+        """The roles that `to_json` wrote.
+
+        >>> roles = Roles(("system", "image"), ("<s>", "<image>"), (Picture((1, 1)),))
+        >>> Roles.from_json(roles.to_json()) == roles
+        True
+        """
+        facts = json.loads(text)
+        facts["labels"], facts["tokens"] = tuple(facts["labels"]), tuple(facts["tokens"])
+        facts["spans"] = tuple((start, end) for start, end in facts["spans"])
+        facts["pictures"] = tuple(
+            Picture(
+                tuple(p["grid"]), p["class_token"], p["map"] and PixelMap(Axis(**p["map"]["x"]), Axis(**p["map"]["y"]))
+            )
+            for p in facts["pictures"]
+        )
+        return cls(**facts)
