@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+NOT_ARCHITECTURE = ("model_name", "tokenizer_name", "device", "dtype")
 ACTIVATIONS = ACT2FN
 """Activation functions by the name a checkpoint's config gives them."""
 
@@ -127,6 +128,8 @@ class DecoderConfig(TowerConfig):
     positional_embedding_type: str = "rotary"
     original_architecture: str = "LlamaForCausalLM"
     vision: VisionConfig | None = None
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
 
     @classmethod
     def from_hf(cls, hf: Any, **changes: Any) -> DecoderConfig:
@@ -204,7 +207,7 @@ class LlavaConfig(DecoderConfig):
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits that name this architecture; two models with equal configs share them."""
-        facts = {k: v for k, v in asdict(self).items() if k not in ("model_name", "tokenizer_name")}
+        facts = {name: value for name, value in asdict(self).items() if name not in NOT_ARCHITECTURE}
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @classmethod

@@ -173,6 +173,8 @@ class Attention(nn.Module):
             k = self.hook_rot_k(kernels.rotate(k, *angles).transpose(1, 2)).transpose(1, 2)
         if past is not None:
             k, v = past.extend(self.layer, k, v)
+        elif angles is not None and self.implementation == "eager":
+            k, v = k.contiguous(), v.contiguous()  # as Hugging Face's always present cache lays them out
         z = self.attend(q, k, v, mask).transpose(1, 2).contiguous()
         return self._output(self.hook_z(z))
 
@@ -303,15 +305,15 @@ class Block(nn.Module):
 
     def __init__(self, cfg: TowerConfig, layer: int, norm: type[nn.Module], mlp: type[nn.Module]):
         super().__init__()
-        self.ln1 = norm(cfg)
-        self.attn = Attention(cfg, layer)
-        self.ln2 = norm(cfg)
-        self.mlp = mlp(cfg)
         self.hook_resid_pre = Hook("batch pos d_model")
         self.hook_attn_in = Hook("batch pos d_model")
+        self.ln1 = norm(cfg)
+        self.attn = Attention(cfg, layer)
         self.hook_attn_out = Hook("batch pos d_model")
         self.hook_resid_mid = Hook("batch pos d_model")
         self.hook_mlp_in = Hook("batch pos d_model")
+        self.ln2 = norm(cfg)
+        self.mlp = mlp(cfg)
         self.hook_mlp_out = Hook("batch pos d_model")
         self.hook_resid_post = Hook("batch pos d_model")
 

@@ -16,12 +16,12 @@ class Projector(nn.Module):
         super().__init__()
         assert cfg.vision is not None
         d_in = cfg.vision.d_model * len(cfg.vision.feature_layers)
-        self.act = ACTIVATIONS[cfg.projector_act_fn]
-        self.linear_1 = nn.Linear(d_in, cfg.d_model, bias=cfg.projector_bias)
-        self.linear_2 = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.projector_bias)
         self.hook_in = Hook("batch feature d_features")
+        self.linear_1 = nn.Linear(d_in, cfg.d_model, bias=cfg.projector_bias)
         self.hook_pre = Hook("batch feature d_model")
+        self.act = ACTIVATIONS[cfg.projector_act_fn]
         self.hook_post = Hook("batch feature d_model")
+        self.linear_2 = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.projector_bias)
         self.hook_out = Hook("batch feature d_model")
 
     def forward(self, features: Float[Tensor, "image feature d_features"]) -> Float[Tensor, "image feature d_model"]:

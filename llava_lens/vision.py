@@ -22,16 +22,16 @@ class Vision(nn.Module):
     def __init__(self, cfg: VisionConfig):
         super().__init__()
         self.cfg = cfg
+        self.hook_pixels = Hook("batch channel height width")
         self.patch_embed = nn.Conv2d(cfg.n_channels, cfg.d_model, cfg.patch_size, stride=cfg.patch_size, bias=False)
         self.class_embed = nn.Parameter(torch.zeros(cfg.d_model))
         self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.d_model)
-        self.ln_pre = LayerNorm(cfg)
-        self.blocks = nn.ModuleList(Block(cfg, layer, LayerNorm, MLP) for layer in range(cfg.n_layers))
-        self.hook_pixels = Hook("batch channel height width")
         self.hook_patch_embed = Hook("batch patch d_model")
         self.hook_class_embed = Hook("batch 1 d_model")
         self.hook_pos_embed = Hook("batch pos d_model")
+        self.ln_pre = LayerNorm(cfg)
         self.hook_embed = Hook("batch pos d_model")
+        self.blocks = nn.ModuleList(Block(cfg, layer, LayerNorm, MLP) for layer in range(cfg.n_layers))
         self.hook_features = Hook("batch feature d_features")
 
     def forward(

@@ -1,0 +1,170 @@
+"""TransformerLens's weight and token surface for a model with `embed`, `blocks`, `ln_final`, `unembed`.
+
+Unusual: the final norm's gain goes into the residual *directions*, because no weight is folded; key and value weights
+keep their own number of heads under grouped-query attention (`QK` and `OV` share them out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens import FactoredMatrix
+
+from llava_lens.errors import LensError, nearest
+from llava_lens.kernels import repeat_heads
+from llava_lens.layers import accumulated_bias
+
+
+class TransformerLensSurface:
+    """What TransformerLens users reach for on a model. Stacked weights are copies; `blocks[i].attn.W_Q` is a view."""
+
+    cfg: Any
+    processor: Any
+    embed: nn.Embedding
+    unembed: nn.Linear
+    ln_final: Any
+    blocks: nn.ModuleList
+
+    def _stack(self, pick: Callable[[Any], Tensor]) -> Tensor:
+        return torch.stack([pick(block) for block in self.blocks])
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        return self.embed.weight
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.unembed.weight.T
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        return self.unembed.weight.new_zeros(self.cfg.d_vocab)
+
+    @property
+    def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
+        return self._stack(lambda block: block.attn.W_Q)
+
+    @property
+    def W_K(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
+        return self._stack(lambda block: block.attn.W_K)
+
+    @property
+    def W_V(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
+        return self._stack(lambda block: block.attn.W_V)
+
+    @property
+    def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
+        return self._stack(lambda block: block.attn.W_O)
+
+    @property
+    def W_in(self) -> Float[Tensor, "layer d_model d_mlp"]:
+        return self._stack(lambda block: block.mlp.W_in)
+
+    @property
+    def W_gate(self) -> Float[Tensor, "layer d_model d_mlp"] | None:
+        """The gate weights, None where the MLP has no gate."""
+        return self._stack(lambda block: block.mlp.W_gate) if self.cfg.gated_mlp else None
+
+    @property
+    def W_out(self) -> Float[Tensor, "layer d_mlp d_model"]:
+        return self._stack(lambda block: block.mlp.W_out)
+
+    @property
+    def b_Q(self) -> Float[Tensor, "layer head d_head"]:
+        return self._stack(lambda block: block.attn.b_Q)
+
+    @property
+    def b_K(self) -> Float[Tensor, "layer kv_head d_head"]:
+        return self._stack(lambda block: block.attn.b_K)
+
+    @property
+    def b_V(self) -> Float[Tensor, "layer kv_head d_head"]:
+        return self._stack(lambda block: block.attn.b_V)
+
+    @property
+    def b_O(self) -> Float[Tensor, "layer d_model"]:
+        return self._stack(lambda block: block.attn.b_O)
+
+    @property
+    def b_in(self) -> Float[Tensor, "layer d_mlp"]:
+        return self._stack(lambda block: block.mlp.b_in)
+
+    @property
+    def b_out(self) -> Float[Tensor, "layer d_model"]:
+        return self._stack(lambda block: block.mlp.b_out)
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """`W_Q W_Kᵀ` of every head, `[layer, head, d_model, d_model]`, without rotary positions."""
+        return FactoredMatrix(self.W_Q, self._shared(self.W_K).transpose(-2, -1))
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """`W_V W_O` of every head, `[layer, head, d_model, d_model]`."""
+        return FactoredMatrix(self._shared(self.W_V), self.W_O)
+
+    def _shared(self, weight: Tensor) -> Tensor:
+        return repeat_heads(weight, self.cfg.n_heads // self.cfg.n_key_value_heads)
+
+    def all_head_labels(self) -> list[str]:
+        """`L0H0, L0H1, …`, layer by layer."""
+        return [f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads)]
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """Sum of the output biases in the stream before `layer` (before its MLP with `mlp_input`)."""
+        return accumulated_bias(self.blocks, layer, mlp_input, include_mlp_biases)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer; raises when the model came without one."""
+        if self.processor is None:
+            raise LensError("this model has no tokenizer; give a processor: HookedLlava.from_hf(model, processor)")
+        return self.processor.tokenizer
+
+    def to_tokens(self, text: str | list[str], prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
+        """Token ids of a text as it stands (no template), `<image>` expanded, on the model's device."""
+        return self.processor.encode(text, self.cfg, prepend_bos=prepend_bos).to(self.cfg.device)
+
+    def to_string(self, tokens: Tensor | list[int]) -> Any:
+        """Text of tokens `[pos]`, or a list of texts for `[batch, pos]`."""
+        ids = torch.as_tensor(tokens)
+        if ids.ndim == 2:
+            return [self.tokenizer.decode(row) for row in ids.tolist()]
+        return self.tokenizer.decode(ids.reshape(-1).tolist())
+
+    def to_str_tokens(self, text: str | Tensor, prepend_bos: bool | None = None) -> list[str]:
+        """Each token as a string."""
+        ids = text.reshape(-1) if isinstance(text, Tensor) else self.to_tokens(text, prepend_bos)[0]
+        return [self.token_string(int(token)) for token in ids]
+
+    def token_string(self, token: int) -> str:
+        """One token as a string; `<image>` for the placeholder also where the vocabulary lacks it."""
+        return "<image>" if token == self.cfg.image_token_id else self.tokenizer.decode([token])
+
+    def to_single_token(self, string: str) -> int:
+        """The id of a string that is one token; raises with the pieces, or the nearest words, when it is not."""
+        ids = self.tokenizer(string, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id != self.tokenizer.convert_tokens_to_ids(string):
+            pieces = self.tokenizer.convert_ids_to_tokens(ids)
+            hint = nearest(string, self.tokenizer.get_vocab())
+            raise LensError(f"{string!r} is {len(ids)} tokens {pieces}, expected one that is in the vocabulary{hint}")
+        return ids[0]
+
+    def to_single_str_token(self, token: int) -> str:
+        return self.token_string(token)
+
+    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*tokens d_model"]:
+        """Direction whose product with the normalised final stream is the token's logit: `ln_final.w ∘ W_U[:, t]`."""
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        ids = torch.as_tensor(tokens, device=self.cfg.device)
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.cfg.d_vocab:
+            raise LensError(f"token {ids.tolist()}: expected 0 … {self.cfg.d_vocab - 1}")
+        ids = ids.squeeze(0) if ids.ndim == 1 and len(ids) == 1 else ids
+        return self.unembed.weight[ids] * self.ln_final.w
