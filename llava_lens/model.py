@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ from llava_lens.weights import LLAVA_TABLE, assign_state_dict, load_weights, ope
 
 ReturnType = Literal["logits", "loss", "both"] | None
 Implementation = Literal["sdpa", "eager"]
+M = TypeVar("M", bound="HookedLlava")
+"""The class that a constructor is called on, so that a subclass gets its own type back."""
 
 
 class HookedLlava(TransformerLensSurface, HookedModel):
@@ -69,14 +71,14 @@ class HookedLlava(TransformerLensSurface, HookedModel):
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[M],
         id_or_dir: str,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         vision_tower: str | None = None,
         attn_implementation: Implementation = "sdpa",
         **hub: Any,
-    ) -> Self:
+    ) -> M:
         """Load a checkpoint from a folder or the hub: LLaVA-1.5 in any published layout, or a plain Llama/Vicuna.
 
         `dtype` defaults to the checkpoint's. `vision_tower` names the separate tower of an original release. `hub`
@@ -91,7 +93,7 @@ class HookedLlava(TransformerLensSurface, HookedModel):
         return model.ready(attn_implementation)
 
     @classmethod
-    def from_hf(cls, hf_model: nn.Module, processor: Any = None) -> Self:
+    def from_hf(cls: type[M], hf_model: nn.Module, processor: Any = None) -> M:
         """Wrap a Hugging Face model that is in memory; the weights are shared, not copied."""
         config: Any = hf_model.config
         with torch.device("meta"):
@@ -102,13 +104,13 @@ class HookedLlava(TransformerLensSurface, HookedModel):
         return model.ready("eager" if implementation == "eager" else "sdpa")
 
     @classmethod
-    def tiny(cls, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+    def tiny(cls: type[M], device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> M:
         """The small trained LLaVA that ships with the package: no download."""
         from llava_lens.tiny import CHECKPOINT
 
         return cls.from_pretrained(str(CHECKPOINT), device=device, dtype=dtype)
 
-    def ready(self, attn_implementation: Implementation = "sdpa") -> Self:
+    def ready(self: M, attn_implementation: Implementation = "sdpa") -> M:
         """Put a loaded model into inference mode with the given attention ("sdpa" or "eager", as in transformers)."""
         if attn_implementation not in ("sdpa", "eager"):
             raise LensError(f"attn_implementation {attn_implementation!r}: expected 'sdpa' or 'eager'")
@@ -118,7 +120,7 @@ class HookedLlava(TransformerLensSurface, HookedModel):
         self._note_placement()
         return self.eval()
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+    def _apply(self: M, *args: Any, **kwargs: Any) -> M:
         super()._apply(*args, **kwargs)
         self._note_placement()
         return self
@@ -140,7 +142,7 @@ class HookedLlava(TransformerLensSurface, HookedModel):
         return prepare(self.processor, self.cfg, question, image, answer=answer, **how).to(self.cfg.device)
 
     @contextmanager
-    def looking_at(self, inputs: Inputs) -> Iterator[Self]:
+    def looking_at(self: M, inputs: Inputs) -> Iterator[M]:
         """Hold a picture for tools that pass only tokens, TransformerLens's patching for instance."""
         before, self._held = self._held, inputs
         try:
