@@ -1,0 +1,14 @@
+"""A small LLaVA that is trained, and the scenes whose every fact is known that it was trained on."""
+
+from pathlib import Path
+
+from .questions import Question, questions
+from .scenes import Scene, SceneObject, render_scene
+from .vocabulary import COLORS, SHAPES
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+BEFORE_TUNING = Path(__file__).parent / "before_tuning"
+
+__all__ = [
+    "BEFORE_TUNING", "CHECKPOINT", "COLORS", "SHAPES", "Question", "Scene", "SceneObject", "questions", "render_scene",
+]  # fmt: skip
