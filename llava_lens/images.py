@@ -152,7 +152,7 @@ class Axis:
     n: int
     patch: int
 
-    def to_source(self, u: float) -> float:
+    def to_source(self, u: int | float) -> float:
         """The place in the original picture that ends up at `u` in the pixel values."""
         return (u + self.crop) * self.padded / self.resized - self.pad
 
@@ -197,7 +197,7 @@ class PixelMap:
         top, bottom = (y.to_source(r * y.patch) for r in (rows.start, rows.stop))
         return left, top, right, bottom
 
-    def patch_of_pixel(self, x: float, y: float) -> tuple[int, int] | None:
+    def patch_of_pixel(self, x: int | float, y: int | float) -> tuple[int, int] | None:
         """Row and column of the patch that shows the centre of pixel (`x`, `y`); None if that was cropped away."""
         width, height = self.size
         if not (0 <= x < width and 0 <= y < height):

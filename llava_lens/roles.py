@@ -190,7 +190,7 @@ class Roles:
         self.token_of(row, col, image)
         return self.map(image).box_of_patch(row, col)
 
-    def patch_of_pixel(self, x: float, y: float, image: int = 0) -> tuple[int, int] | None:
+    def patch_of_pixel(self, x: int | float, y: int | float, image: int = 0) -> tuple[int, int] | None:
         """Row and column of the patch that shows the centre of an original pixel; None when it was cropped away."""
         return self.map(image).patch_of_pixel(x, y)
 
