@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-NOT_ARCHITECTURE = ("model_name", "tokenizer_name", "device", "dtype")
+NOT_ARCHITECTURE = ("model_name", "tokenizer_name", "device", "dtype", "eos_token_ids", "pad_token_id")
 ACTIVATIONS = ACT2FN
 """Activation functions by the name a checkpoint's config gives them."""
 
@@ -115,6 +115,18 @@ class VisionConfig(TowerConfig):
         return cls(**{**fields, **changes})
 
 
+def ending_tokens(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """`eos_token_ids` and `pad_token_id` as far as a config.json or generation_config.json states them.
+
+    >>> ending_tokens({"eos_token_id": 2, "pad_token_id": None})
+    {'eos_token_ids': (2,)}
+    """
+    eos, pad = facts.get("eos_token_id"), facts.get("pad_token_id")
+    ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    stated = {"eos_token_ids": tuple(i for i in ids if i >= 0), "pad_token_id": None if pad is None or pad < 0 else pad}
+    return {name: value for name, value in stated.items() if value not in ((), None)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(TowerConfig):
     """A Llama-family decoder. `rope` is Hugging Face's `rope_parameters` (type, theta, factors)."""
@@ -128,6 +140,8 @@ class DecoderConfig(TowerConfig):
     positional_embedding_type: str = "rotary"
     original_architecture: str = "LlamaForCausalLM"
     vision: VisionConfig | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
 
@@ -153,6 +167,7 @@ class DecoderConfig(TowerConfig):
             rope=dict(hf.rope_parameters or {}),
             tie_word_embeddings=hf.tie_word_embeddings,
             model_name=getattr(hf, "_name_or_path", "") or "",
+            **ending_tokens(hf.to_dict()),
         )
         return cls(**{**fields, **changes})
 

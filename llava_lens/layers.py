@@ -126,11 +126,22 @@ class KVCache:
 
     def __init__(self, n_layers: int):
         self.entries: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
+        self.attention_mask: Tensor | None = None
 
     @property
     def length(self) -> int:
-        """Positions held."""
-        return 0 if self.entries[0] is None else self.entries[0][0].shape[2]
+        """Positions held, by any layer (a run that starts at a later one leaves the earlier ones empty)."""
+        return next((entry[0].shape[2] for entry in self.entries if entry is not None), 0)
+
+    def extend_mask(self, mask: Tensor | None, new: Int[Tensor, "batch pos"] | Stream) -> Tensor | None:
+        """The mask `[batch, past + pos]`; one of the new positions alone, or None, goes behind the remembered one."""
+        past, (batch, length) = self.attention_mask, new.shape[:2]
+        if self.length and not (mask is None and past is None) and (mask is None or mask.shape[1] == length):
+            mask = torch.ones(batch, length, dtype=torch.long, device=new.device) if mask is None else mask
+            past = mask.new_ones(batch, self.length) if past is None else past
+            mask = torch.cat((past, mask), dim=-1)
+        self.attention_mask = mask
+        return mask
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append one layer's new keys and values; returns all of them."""

@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from llava_lens.config import LlavaConfig
+from llava_lens.config import LlavaConfig, ending_tokens
 from llava_lens.errors import LensError
+from llava_lens.generate import generate as continue_prompt
 from llava_lens.hooked import HookedModel
 from llava_lens.hooks import Hook
 from llava_lens.inputs import Inputs, Processor, prepare
 from llava_lens.layers import Block, GatedMLP, KVCache, Mask, RMSNorm, Rotary
 from llava_lens.projector import Projector
+from llava_lens.shards import read_json
 from llava_lens.surface import TransformerLensSurface
 from llava_lens.vision import Vision
 from llava_lens.weights import LLAVA_TABLE, assign_state_dict, load_weights, open_checkpoint
@@ -85,7 +87,9 @@ class HookedLlava(TransformerLensSurface, HookedModel):
         goes to the hub's download (`revision`, `token`, …). Raises `LensError` naming the weight or the file at fault.
         """
         checkpoint = open_checkpoint(id_or_dir, vision_tower=vision_tower, **hub)
-        cfg = cls.Config.from_hf(checkpoint.config, model_name=str(id_or_dir))
+        generation = checkpoint.directory / "generation_config.json"
+        ending = ending_tokens(read_json(generation)) if generation.is_file() else {}
+        cfg = cls.Config.from_hf(checkpoint.config, model_name=str(id_or_dir), **ending)
         with torch.device("meta"):
             model = cls(cfg)
         load_weights(model, checkpoint, table=cls.weight_table, dtype=dtype, device=device)
@@ -96,8 +100,10 @@ class HookedLlava(TransformerLensSurface, HookedModel):
     def from_hf(cls: type[M], hf_model: nn.Module, processor: Any = None) -> M:
         """Wrap a Hugging Face model that is in memory; the weights are shared, not copied."""
         config: Any = hf_model.config
+        generation: Any = getattr(hf_model, "generation_config", None)
+        ending = ending_tokens(generation.to_dict()) if generation is not None else {}
         with torch.device("meta"):
-            model = cls(cls.Config.from_hf(config))
+            model = cls(cls.Config.from_hf(config, **ending))
         assign_state_dict(model, hf_model.state_dict(), table=cls.weight_table)
         model.processor = None if processor is None else Processor.from_hf(processor, model.cfg)
         implementation = (getattr(config, "text_config", None) or config)._attn_implementation
@@ -141,6 +147,8 @@ class HookedLlava(TransformerLensSurface, HookedModel):
             raise LensError("this model has no processor; give one: HookedLlava.from_hf(model, processor)")
         return prepare(self.processor, self.cfg, question, image, answer=answer, **how).to(self.cfg.device)
 
+    generate = continue_prompt
+
     @contextmanager
     def looking_at(self: M, inputs: Inputs) -> Iterator[M]:
         """Hold a picture for tools that pass only tokens, TransformerLens's patching for instance."""
@@ -159,35 +167,44 @@ class HookedLlava(TransformerLensSurface, HookedModel):
         attention_mask: Tensor | None = None,
         roles: Any = None,
     ) -> Inputs:
-        """Whatever `forward` was given, as `Inputs` on the model's device; the held picture fills in for a missing one."""
+        """What `forward` was given, as `Inputs` on the model's device; a picture held stands in for a missing one."""
+        named = {"pixel_values": pixel_values, "attention_mask": attention_mask, "roles": roles}
+        twice = [name for name, value in {"input_ids": input_ids, **named}.items() if value is not None]
+        if isinstance(input, Inputs | Mapping) and twice:
+            raise LensError(f"{', '.join(twice)} given beside {type(input).__name__}, which holds the whole input")
         if isinstance(input, Inputs):
-            inputs = input
-        elif isinstance(input, Mapping):
+            return input.to(self.cfg.device)
+        if isinstance(input, Mapping):
             return self.read_inputs(**input)
-        else:
-            tokens = input_ids if input is None else input
-            if isinstance(tokens, str | list):
-                tokens = self.to_tokens(tokens)
-            if not isinstance(tokens, Tensor):
-                raise LensError(f"expected Inputs, tokens or text, got {type(tokens).__name__}")
-            tokens = tokens if tokens.ndim == 2 else tokens[None]
-            if pixel_values is None and self._held is not None:
-                pixel_values, attention_mask = self._borrow(tokens, attention_mask)
-            inputs = Inputs(tokens, pixel_values, attention_mask, roles)
-        return inputs.to(self.cfg.device)
+        tokens = input_ids if input is None else input
+        if isinstance(tokens, str | list):
+            tokens, padding = self.encode_text(tokens)
+            attention_mask = padding if attention_mask is None else attention_mask
+        if not isinstance(tokens, Tensor):
+            raise LensError(f"expected Inputs, tokens or text, got {type(tokens).__name__}")
+        tokens = tokens if tokens.ndim == 2 else tokens[None]
+        pixel_values = self._held_pixels(tokens) if pixel_values is None else pixel_values
+        attention_mask = self._held_mask(tokens) if attention_mask is None else attention_mask
+        return Inputs(tokens, pixel_values, attention_mask, roles).to(self.cfg.device)
 
-    def _borrow(self, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _held_pixels(self, tokens: Tensor) -> Tensor | None:
+        """The pictures looked at, once per copy of the batch; None for tokens without image slots (a cached step)."""
+        if self._held is None or self._held.pixels is None or not bool((tokens == self.cfg.image_token_id).any()):
+            return None
+        return self._held.pixels.repeat(self._copies(tokens), 1, 1, 1)
+
+    def _held_mask(self, like: Tensor) -> Tensor | None:
+        """The padding of the inputs looked at, for tokens or a stream of their length."""
         held = self._held
-        assert held is not None
-        times, rest = divmod(len(tokens), len(held.tokens))
-        if rest:
-            raise LensError(f"{len(tokens)} sequences cannot share the pictures of the {len(held.tokens)} looked at")
-        pixels = held.pixels
-        if pixels is not None and times > 1:
-            pixels = pixels.repeat(times, 1, 1, 1)
-        if attention_mask is None and held.attention_mask is not None and held.tokens.shape[1] == tokens.shape[1]:
-            attention_mask = held.attention_mask.repeat(times, 1)
-        return pixels, attention_mask
+        if held is None or held.attention_mask is None or held.n_pos != like.shape[1]:
+            return None
+        return held.attention_mask.repeat(self._copies(like), 1)
+
+    def _copies(self, batch: Tensor) -> int:
+        rows = len(self._held.tokens) if self._held is not None else 1
+        if len(batch) % rows:
+            raise LensError(f"{len(batch)} sequences cannot share the pictures of the {rows} looked at")
+        return len(batch) // rows
 
     # ---- the forward and its seams
 
@@ -209,19 +226,25 @@ class HookedLlava(TransformerLensSurface, HookedModel):
         `input` is `Inputs`, a processor's output, tokens `[batch, pos]` or text; the same by name: `input_ids`,
         `pixel_values`, `attention_mask`. With `start_at_layer` it is the stream `[batch, pos, d_model]` before that
         layer, and everything earlier is skipped; `stop_at_layer` returns the stream before that layer.
-        `logits_to_keep` keeps the last n positions, or those indexed. `past_kv_cache` is extended in place.
+        `logits_to_keep` keeps the last n positions, or those indexed. `past_kv_cache` is extended in place and
+        remembers the padding: later steps give no mask, that of their own positions, or that of all, past ones too.
         """
+        if return_type not in ("logits", "loss", "both", None):
+            raise LensError(f"return_type {return_type!r}: expected 'logits', 'loss', 'both' or None")
         self.n_runs += 1
         first, last = self.layer_range(start_at_layer, stop_at_layer)
-        tokens = named.get("input_ids")
-        attention_mask = named.get("attention_mask")
+        continuing = past_kv_cache is not None and past_kv_cache.length > 0
+        past_and_new = named.pop("attention_mask", None) if continuing else None
         if start_at_layer is None:
             inputs = self.inputs_seen = self.read_inputs(input, **named)
-            tokens, attention_mask = inputs.tokens, inputs.attention_mask
-            input = self.embed_inputs(inputs)
-        elif not (isinstance(input, Tensor) and input.ndim == 3 and input.shape[-1] == self.cfg.d_model):
-            raise LensError(f"start_at_layer needs the stream [batch, pos, {self.cfg.d_model}], got {_brief(input)}")
-        x = self.run_blocks(input, first, last, attention_mask, position_ids, past_kv_cache)
+            x, tokens, attention_mask = self.embed_inputs(inputs), inputs.tokens, inputs.attention_mask
+        else:
+            self.inputs_seen = None
+            x, tokens, attention_mask = self.read_stream(input, **named)
+        attention_mask = attention_mask if past_and_new is None else past_and_new
+        if past_kv_cache is not None:
+            attention_mask = past_kv_cache.extend_mask(attention_mask, x)
+        x = self.run_blocks(x, first, last, attention_mask, position_ids, past_kv_cache)
         if stop_at_layer is not None or return_type is None:
             return x if stop_at_layer is not None else None
         logits = self.read_out(x, logits_to_keep)
@@ -229,6 +252,20 @@ class HookedLlava(TransformerLensSurface, HookedModel):
             return logits
         loss = self.loss(logits, tokens, attention_mask, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
+
+    def read_stream(
+        self,
+        x: Any,
+        *,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        roles: Any = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The stream that `start_at_layer` goes on from, with the tokens (for a loss) and the padding it came from."""
+        if not (isinstance(x, Tensor) and x.ndim == 3 and x.shape[-1] == self.cfg.d_model):
+            raise LensError(f"start_at_layer needs the stream [batch, pos, {self.cfg.d_model}], got {_brief(x)}")
+        return x, input_ids, self._held_mask(x) if attention_mask is None else attention_mask
 
     def embed_inputs(self, inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
         """Tokens embedded, with the picture's features in the places of its tokens."""
@@ -302,7 +339,8 @@ class HookedLlava(TransformerLensSurface, HookedModel):
         targets = tokens[:, 1:]
         counts = torch.ones_like(targets, dtype=torch.bool)
         if attention_mask is not None:
-            counts &= attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
+            seen = attention_mask[:, -tokens.shape[1] :].bool()
+            counts &= seen[:, 1:] & seen[:, :-1]
         if self.cfg.image_token_id is not None:
             counts &= targets != self.cfg.image_token_id
         targets = torch.where(counts, targets, 0)
@@ -318,7 +356,10 @@ class HookedLlava(TransformerLensSurface, HookedModel):
             if layer is not None and not -n <= layer <= n:
                 raise LensError(f"{name}={layer}: expected {-n} … {n} for {n} layers")
         first, last = (0 if start is None else start), (n if stop is None else stop)
-        return (first + n if first < 0 else first), (last + n if last < 0 else last)
+        first, last = (first + n if first < 0 else first), (last + n if last < 0 else last)
+        if first > last:
+            raise LensError(f"start_at_layer={start} lies behind stop_at_layer={stop}")
+        return first, last
 
     def check_slots(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Tokens safe to embed and the mask of image slots; raises when slots and pictures do not match."""

@@ -17,6 +17,7 @@ from transformer_lens import FactoredMatrix
 from llava_lens.errors import LensError, nearest
 from llava_lens.kernels import repeat_heads
 from llava_lens.layers import accumulated_bias
+from llava_lens.prompt import Prompt, encode
 
 
 class TransformerLensSurface:
@@ -128,8 +129,41 @@ class TransformerLensSurface:
         return self.processor.tokenizer
 
     def to_tokens(self, text: str | list[str], prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
-        """Token ids of a text as it stands (no template), `<image>` expanded, on the model's device."""
-        return self.processor.encode(text, self.cfg, prepend_bos=prepend_bos).to(self.cfg.device)
+        """Token ids of a text as it stands (no template), `<image>` expanded, on the model's device.
+
+        `prepend_bos` None leaves the first token to the tokenizer. Rows of several texts are padded on the right, as in
+        TransformerLens: causal attention then never looks at padding, even where a tool drops the mask. To generate
+        for several texts, which takes left padding, use `prepare`. Raises `LensError` for unknown words.
+        """
+        return self.encode_text(text, prepend_bos)[0]
+
+    def encode_text(
+        self, text: str | list[str], prepend_bos: bool | None = None
+    ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
+        """`to_tokens` and the padding mask that goes with it, None where nothing is padded."""
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts or not all(isinstance(each, str) for each in texts):
+            raise LensError(f"expected a text or several, got {text!r}")
+        rows = [self._encode_row(each, prepend_bos) for each in texts]
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        tokens = torch.full((len(rows), max(map(len, rows))), next(i for i in known if i is not None))
+        mask = torch.zeros_like(tokens)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        device = self.cfg.device
+        return tokens.to(device), None if bool(mask.all()) else mask.to(device)
+
+    def _encode_row(self, text: str, prepend_bos: bool | None) -> list[int]:
+        tokenizer, token = self.tokenizer, self.processor.image_token
+        if token in text and not self.cfg.tokens_per_image:
+            raise LensError(f"{token} in {text!r}, but this model has no vision tower")
+        ids = encode(self.processor, Prompt(text, (0, len(text)), (-1, -1)), self.cfg).ids
+        bos, starts = tokenizer.bos_token_id, text.startswith(tokenizer.bos_token or "\0")
+        if prepend_bos and ids[:1] != [bos]:
+            if bos is None:
+                raise LensError("prepend_bos=True, but the tokenizer has no token that begins a text")
+            return [bos, *ids]
+        return ids[1:] if prepend_bos is False and ids[:1] == [bos] and not starts else ids
 
     def to_string(self, tokens: Tensor | list[int]) -> Any:
         """Text of tokens `[pos]`, or a list of texts for `[batch, pos]`."""
