@@ -82,50 +82,58 @@ def open_checkpoint(
     vision_tower: str | Path | None = None,
     revision: str | None = None,
     families: Sequence[str] = ("llava", "llama"),
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> Checkpoint:
     """Find a checkpoint and read its configuration and headers; no weight is read yet.
 
     `id_or_dir` is a folder or a hub id (`revision` picks its branch, tag or commit). `vision_tower`, a folder or hub
     id of a CLIP checkpoint, replaces the tower that an original release names; tower weights that the main checkpoint
-    holds itself have precedence. `families` are the accepted `model_type`s. Raises `CheckpointError`: no such
-    checkpoint, damaged or unsafe files, another family (`NotLlava`), quantised weights.
+    holds itself have precedence. `families` are the accepted `model_type`s; `token`, `cache_dir` and
+    `local_files_only` go to the hub's client. Raises `CheckpointError`: no such checkpoint, damaged or unsafe files,
+    another family (`NotLlava`), quantised weights.
     """
-    folder = _locate(id_or_dir, revision)
+    hub = dict(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    folder = _locate(id_or_dir, hub | dict(revision=revision))
     facts = _facts(id_or_dir, folder)
     original = "mm_vision_tower" in facts and "vision_config" not in facts
     if original and facts["model_type"] in ("llava", "llava_llama"):
         _check_original(id_or_dir, facts)
     elif original or facts["model_type"] not in families:
         raise NotLlava(_another_family(id_or_dir, facts["model_type"], families))
-    entries = _read_weights(id_or_dir, folder)
+    entries = _read_weights(id_or_dir, folder, hub)
     tower = None
     if original or vision_tower is not None:
-        tower = _open_tower(vision_tower or facts["mm_vision_tower"] or "", entries, id_or_dir, facts)
+        held = any("vision_tower." in entry.key for entry in entries)
+        tower = _open_tower(vision_tower or facts["mm_vision_tower"] or "", hub, held, id_or_dir)
     config = _parse(id_or_dir, facts, tower if original else None)
     config._name_or_path = str(id_or_dir)
     return Checkpoint(config, folder, entries, tower)
 
 
-def _locate(id_or_dir: str | Path, revision: str | None) -> Path:
+def _locate(id_or_dir: str | Path, hub: dict[str, Any]) -> Path:
     """The folder itself, or the hub's snapshot with everything but the weights."""
+    if not str(id_or_dir):
+        raise CheckpointError("no checkpoint is named; expected a folder or a hub id")
     path = Path(id_or_dir)
     if path.is_dir():
         return path
     if path.exists():
         raise CheckpointError(f"{path} is a file; expected its folder, with config.json and the weights")
-    return _download(str(id_or_dir), revision, SMALL_FILES)
+    return _download(str(id_or_dir), SMALL_FILES, hub)
 
 
-def _download(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
+def _download(repo: str, patterns: Sequence[str], hub: dict[str, Any]) -> Path:
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=[*patterns], ignore_patterns=["*/*"]))
+        return Path(snapshot_download(repo, allow_patterns=[*patterns], ignore_patterns=["*/*"], **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{repo!r} is neither a folder nor a checkpoint that the hub can deliver ({str(error).splitlines()[0]})"
         ) from error
 
 
-def _read_weights(id_or_dir: str | Path, folder: Path) -> tuple[Entry, ...]:
+def _read_weights(id_or_dir: str | Path, folder: Path, hub: dict[str, Any]) -> tuple[Entry, ...]:
     """The headers; from the hub the weights are fetched first, safetensors only where there are any."""
     if not Path(id_or_dir).is_dir():
         for name in WEIGHT_FILES:
@@ -133,7 +141,7 @@ def _read_weights(id_or_dir: str | Path, folder: Path) -> tuple[Entry, ...]:
             if index and not (folder / name).is_file():
                 continue
             wanted = set(read_index(folder / name).values()) if index else {name}
-            _download(str(id_or_dir), folder.name, sorted(wanted))  # a snapshot's folder is named by its commit
+            _download(str(id_or_dir), sorted(wanted), hub | dict(revision=folder.name))  # which is the commit
             if index or (folder / name).is_file():
                 break
     return tuple(read_headers(folder))
@@ -175,30 +183,27 @@ def _parse(id_or_dir: str | Path, facts: dict[str, Any], tower: Checkpoint | Non
         raise CheckpointError(f"{id_or_dir}: config.json describes no {facts['model_type']!r} ({reason})") from error
 
 
-def _open_tower(
-    id_or_dir: str | Path, main: Sequence[Entry], owner: str | Path, expected: dict[str, Any]
-) -> Checkpoint:
-    """A CLIP checkpoint's vision half; its weights are only fetched when the main checkpoint holds no tower."""
+def _open_tower(id_or_dir: str | Path, hub: dict[str, Any], held: bool, owner: str | Path) -> Checkpoint:
+    """A CLIP checkpoint's vision half; its weights are not fetched when the main checkpoint has them (`held`)."""
     try:
-        folder = _locate(id_or_dir, None)
+        folder = _locate(id_or_dir, hub)
         facts = _facts(id_or_dir, folder)
     except CheckpointError as error:
         raise CheckpointError(f"the vision tower of {owner}: {error}; vision_tower= names another") from error
-    if facts["model_type"] not in ("clip", "clip_vision_model"):
-        families = ("clip", "clip_vision_model")
-        raise NotLlava(f"the vision tower of {owner}: " + _another_family(id_or_dir, facts["model_type"], families))
-    config: Any = _parse(id_or_dir, facts)
-    vision = getattr(config, "vision_config", config)
-    if expected.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
-        width = f"of width {vision.hidden_size}; expected {expected['mm_hidden_size']} (mm_hidden_size)"
-        raise NotLlava(f"the vision tower of {owner}: {id_or_dir} is {width}")
-    held = any("vision_tower." in entry.key for entry in main)
-    entries = () if held else _read_weights(id_or_dir, folder)
-    return Checkpoint(vision, folder, entries)
+    families = ("clip", "clip_vision_model")
+    if facts["model_type"] not in families:
+        raise NotLlava(f"the vision tower of {owner}: {_another_family(id_or_dir, facts['model_type'], families)}")
+    config = _parse(id_or_dir, facts)
+    entries = () if held else _read_weights(id_or_dir, folder, hub)
+    return Checkpoint(getattr(config, "vision_config", config), folder, entries)
 
 
 def _llava_config(facts: dict[str, Any], vision: Any) -> LlavaConfig:
     """The original release in transformers' terms; `<image>` is the first id outside its vocabulary."""
+    if facts.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
+        raise ValueError(
+            f"the tower is of width {vision.hidden_size}; expected {facts['mm_hidden_size']} (mm_hidden_size)"
+        )
     text = LlamaConfig(**{key: facts[key] for key in LLAMA_FIELDS if facts.get(key) is not None})
     return LlavaConfig(
         vision_config=vision,

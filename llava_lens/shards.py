@@ -1,7 +1,7 @@
 """The files that hold tensors: safetensors and `.bin`, read one tensor at a time after looking at all the headers.
 
-Unusual: a file is opened anew for each tensor. What is read is mapped, not copied, and a mapping stays resident until
-its last tensor is gone; so a tensor that is cast or sent to a device leaves nothing behind, whatever the shard's size.
+Unusual: tensors are mapped, not copied, and a mapping stays resident until its last tensor is gone. So a file is mapped
+anew after every fiftieth of its size: what is cast or sent to a device leaves nothing behind, however large the shard.
 No pickle is ever run: `.bin` files are read with `weights_only=True`.
 """
 
@@ -12,6 +12,7 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,49 +120,43 @@ def _read_header(path: Path) -> Iterator[Entry]:
 
 
 def _safetensors(path: Path) -> Iterator[Entry]:
+    file = _Mapped(path, lambda: safe_open(path, framework="pt").get_tensor)
     try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                part = file.get_slice(key)
+        with safe_open(path, framework="pt") as header:
+            for key in header.keys():  # noqa: SIM118
+                part = header.get_slice(key)
                 name = part.get_dtype()
                 if name not in DTYPES:
                     raise CheckpointError(f"{path}: {key!r} is stored as {name}; expected {', '.join(DTYPES)}")
-                yield Entry(key, tuple(part.get_shape()), DTYPES[name], lambda key=key: _load(path, key), str(path))
+                yield Entry(key, tuple(part.get_shape()), DTYPES[name], partial(file.load, key), str(path))
     except (SafetensorError, OSError) as error:
         raise CorruptFile(f"{path}: expected a whole safetensors file ({error})") from error
 
 
-def _load(path: Path, key: str) -> Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise CorruptFile(f"{path}: {key!r} cannot be read ({error})") from error
-
-
 def _bin(path: Path) -> Iterator[Entry]:
-    file = _Bin(path)
+    mapped = zipfile.is_zipfile(path)  # what torch wrote before 1.6 can only be read whole, once
+    file = _Mapped(path, lambda: _unpickle(path, mmap=mapped).__getitem__, 50 if mapped else 0)
     for key, tensor in _unpickle(path, map_location="meta").items():
-        yield Entry(key, tuple(tensor.shape), tensor.dtype, lambda key=key: file.load(key), str(path))
+        yield Entry(key, tuple(tensor.shape), tensor.dtype, partial(file.load, key), str(path))
 
 
-class _Bin:
-    """A `.bin` file, mapped anew after every fiftieth of its size; one older than torch 1.6 can only be read whole."""
+class _Mapped:
+    """A file's tensors by name; the file is mapped `times` anew as it is read, so that little of it stays resident."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.held: dict[str, Tensor] = {}
+    def __init__(self, path: Path, open_file: Callable[[], Callable[[str], Tensor]], times: int = 50):
+        self.path, self.open_file, self.times = path, open_file, times
+        self.get: Callable[[str], Tensor] | None = None
         self.left = 0.0
 
     def load(self, key: str) -> Tensor:
-        if self.left <= 0 or key not in self.held:
-            self.held.clear()
-            mapped = zipfile.is_zipfile(self.path)
-            self.held = _unpickle(self.path, mmap=mapped)
-            self.left = self.path.stat().st_size / 50 if mapped else float("inf")
-            if key not in self.held:
-                raise CorruptFile(f"{self.path}: {key!r} is no longer there")
-        tensor = self.held.pop(key)
+        try:
+            if self.get is None or self.left <= 0:
+                self.get = None  # lets go of the old mapping
+                self.get = self.open_file()
+                self.left = self.path.stat().st_size / self.times if self.times else float("inf")
+            tensor = self.get(key)
+        except (SafetensorError, KeyError, OSError) as error:
+            raise CorruptFile(f"{self.path}: {key!r} cannot be read any more ({error})") from error
         self.left -= tensor.nbytes
         return tensor
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from published import (
     SPELLINGS,
     old_buffers,
@@ -302,7 +304,7 @@ def test_original_class_token_and_layer(tmp_path: Path, hf: Any) -> None:
         ("mm_resampler_type", "spatial_pool", "mm_resampler_type 'spatial_pool'; expected none"),
         ("mm_hidden_size", 13, "width 12; expected 13"),
         ("mm_vision_tower", "/no/such/tower", "vision tower of .*/no/such/tower.*vision_tower= names another"),
-        ("mm_vision_tower", None, "vision tower of .*vision_tower= names another"),
+        ("mm_vision_tower", None, "vision tower of .*: no checkpoint is named.*vision_tower= names another"),
         ("model_type", "llava_mistral", "'llava_mistral' checkpoint; expected 'llava' or 'llama'"),
     ],
 )
@@ -559,33 +561,101 @@ def test_rename_raises_with_the_nearest_key() -> None:
     assert rename("vision_tower.vision_model.post_layernorm.weight") is None
 
 
+# The hub
+
+
+class Hub:
+    """Stands in for `snapshot_download`: repositories are folders, and what is fetched is copied and noted."""
+
+    def __init__(self, root: Path, **repos: Path):
+        self.root, self.repos, self.fetched = root, repos, []
+
+    def __call__(
+        self, repo: str, *, allow_patterns: Any, ignore_patterns: Any, revision: Any = None, **rest: Any
+    ) -> str:
+        assert rest == {"token": None, "cache_dir": None, "local_files_only": False}
+        source = self.repos[repo.partition("/")[2]]
+        snapshot = self.root / "snapshots" / source.name / "c0ffee"
+        assert revision in (None, "main", "c0ffee")
+        for path in filter_repo_objects(
+            [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()],
+            allow_patterns=allow_patterns,
+            ignore_patterns=ignore_patterns,
+        ):
+            self.fetched.append(path)
+            (snapshot / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / path, snapshot / path)
+        return str(snapshot)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_the_hub_sends_no_more_than_is_read(
+    tmp_path: Path, hf: Any, monkeypatch: pytest.MonkeyPatch, shards: int, suffix: str
+) -> None:
+    folder = write(tmp_path / "llava", hf.config, hf.state_dict(), shards, suffix)
+    weights = {path.name for path in folder.glob(f"*.{suffix}")}
+    (folder / "original").mkdir()
+    unread = ["consolidated.safetensors", "original/model.safetensors", "training_args.bin", "tf_model.h5"]
+    unread += ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"] if suffix == "safetensors" else []
+    for name in unread:
+        (folder / name).write_bytes(b"not read")
+    (folder / "tokenizer.json").write_text("{}")
+    hub = Hub(tmp_path, llava=folder)
+    monkeypatch.setattr("llava_lens.checkpoint.snapshot_download", hub)
+    assert_same(load("someone/llava", revision="main"), hf)
+    assert weights | {"config.json", "tokenizer.json"} <= set(hub.fetched)
+    assert not set(hub.fetched) & set(unread)
+
+
+def test_the_hub_sends_the_tower_too(tmp_path: Path, hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = write_tower(tmp_path / "clip", hf, suffix="bin")
+    folder = write_original(tmp_path / "llava", hf, "openai/clip")
+    monkeypatch.setattr("llava_lens.checkpoint.snapshot_download", Hub(tmp_path, llava=folder, clip=tower))
+    assert_same(load("someone/llava"), hf)
+
+
+def test_a_tuned_tower_needs_only_the_tower_s_config(tmp_path: Path, hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = write_tower(tmp_path / "clip", small_llava(seed=1))
+    hub = Hub(tmp_path, clip=tower)
+    monkeypatch.setattr("llava_lens.checkpoint.snapshot_download", hub)
+    write(tmp_path / "llava", original_config(hf.config, "openai/clip"), spelt(hf.state_dict(), "original"))
+    assert_same(load(tmp_path / "llava"), hf)
+    assert hub.fetched == ["config.json"]
+
+
 # Memory
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads resident memory from /proc")
 @pytest.mark.parametrize(
     ("stored", "suffix"), [("float16", "safetensors"), ("float32", "safetensors"), ("float16", "bin")]
 )
 def test_peak_memory(tmp_path: Path, stored: str, suffix: str) -> None:
     """At most 1.1 times the weights in fp32, all of them touched, cast or not, in one file of 150 to 300 MB."""
     hf: Any = small_llava().config
-    hf.text_config.update(dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=24, vocab_size=4000))
+    hf.text_config.update(dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=32, vocab_size=4000))
     shapes = stand_in(LlavaConfig.from_hf(hf)).state_dict()
     tensors = {
         key: torch.ones(t.shape, dtype=getattr(torch, stored)) for name, t in shapes.items() if (key := name_of(name))
     }
     write(tmp_path, hf, tensors, suffix=suffix)
     script = f"""
-        import resource, sys
+        import re, sys
         from pathlib import Path
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import torch
         from test_weights import load
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+        def kilobytes(field):  # of this process alone; getrusage's peak starts at the parent's
+            return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+        before = kilobytes("VmRSS")
         model = load({str(tmp_path)!r}, torch.float32)
-        total = sum(float(p.detach().sum()) * 0 + p.nbytes for p in model.parameters())
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident) / total, total)
+        assert all(parameter.detach().mean() == 1 for parameter in model.parameters())
+        total = sum(parameter.nbytes for parameter in model.parameters())
+        print((kilobytes("VmHWM") - before) * 1024 / total, total)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
     ratio, total = map(float, done.stdout.split())
