@@ -71,6 +71,7 @@ ODD: dict[str, dict[str, Any]] = {
     "layer_list_full": {"vision_feature_layer": [3, -4, -1], "vision_feature_select_strategy": "full"},
     "bare_projector": {"multimodal_projector_bias": False},
     "gelu_tower": {"vision": {"hidden_act": "gelu"}, "projector_hidden_act": "relu"},
+    "shallow": {"text": {"num_key_value_heads": 2, "num_hidden_layers": 2}, "vision": {"num_hidden_layers": 3}},
     **{f"rope_{name}": {"text": {"rope_parameters": rope}} for name, rope in ROPES.items()},
 }
 """Name → what differs from `TEXT`, `VISION` and LLaVA's defaults."""

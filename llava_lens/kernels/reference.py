@@ -98,8 +98,9 @@ def attention_scores(
 def attention_pattern(scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
     """Softmax over keys, computed in float32 or better; a row of nothing but -inf becomes zeros."""
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    pattern = torch.softmax(scores, dim=-1, dtype=wide).to(scores.dtype)
-    return pattern.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
+    dead = (scores == -torch.inf).all(-1, keepdim=True)
+    pattern = torch.softmax(scores.masked_fill(dead, 0.0), dim=-1, dtype=wide).to(scores.dtype)
+    return pattern.masked_fill(dead, 0.0)  # filled on both sides of the softmax, so that no gradient is NaN
 
 
 def mix_values(pattern: Float[Tensor, "batch head query key"], v: Keys) -> Queries:
