@@ -6,7 +6,7 @@ Hugging Face's own model all take the same object.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +35,7 @@ class Inputs(Mapping[str, Any]):
 
     tokens: Int[Tensor, "batch pos"]
     pixels: Float[Tensor, "image channel height width"] | None = None
-    attention_mask: Int[Tensor, "batch pos"] | None = None
+    attention_mask: Int[Tensor, "_batch _pos"] | None = None
     roles: tuple[Roles, ...] | None = None
 
     __eq__ = object.__eq__
@@ -179,7 +179,7 @@ class Inputs(Mapping[str, Any]):
         tokens: Int[Tensor, "*batch pos"],
         cfg: LlavaConfig,
         pixels: Float[Tensor, "image channel height width"] | None = None,
-        attention_mask: Int[Tensor, "*batch pos"] | None = None,
+        attention_mask: Int[Tensor, "..."] | None = None,
         tokenizer: Any = None,
     ) -> Inputs:
         """Wrap ready-made tokens; roles are then `image`, `padding` and `text`. Raises `LensError` as `check` does.
@@ -215,18 +215,18 @@ def _picture(cfg: LlavaConfig, pixel_map: PixelMap | None = None) -> Picture:
 def prepare(
     processor: Any,
     cfg: LlavaConfig,
-    question: str | Sequence[str],
+    question: Any,
     image: Any = None,
-    answer: str | Sequence[str] = "",
+    answer: Any = "",
     template: bool = True,
     padding_side: str = "left",
 ) -> Inputs:
     """Questions and images as a model's inputs, with a role for every position.
 
+    `question` is a string or a list of them; `answer`, the same, is a start of the answer that the model goes on from.
     `image` is a path, a PIL image or an array; a list of them for several images in one question; for a list of
-    questions, a list with an entry (None, one image or a list) per question, or one image for all. `answer` is the
-    start of the answer, which the model goes on from. With `template=False` the question is the whole prompt. Raises
-    `LensError` for what a model of this config cannot take.
+    questions, a list with an entry (None, one image or a list) per question, or one image for all. With
+    `template=False` the question is the whole prompt. Raises `LensError` for what a model of this config cannot take.
     """
     processor = Processor.from_hf(processor, cfg)
     questions, images, answers = _as_batch(question, image, answer)
@@ -254,17 +254,17 @@ def prepare(
 
 def _as_batch(question: Any, image: Any, answer: Any) -> tuple[list[str], list[list[Any]], list[str]]:
     """Questions, the images of each, and the answers, as lists of one length."""
-    questions = [question] if isinstance(question, str) else list(question)
-    wrong = [type(q).__name__ for q in questions if not isinstance(q, str)]
-    if wrong or not questions:
-        raise LensError(f"questions of type {', '.join(wrong) or 'empty list'}; expected a string or several")
-    if isinstance(question, str):
-        images = [image]
-    elif isinstance(image, list | tuple):
-        images = list(image)
-    else:
-        images = [image] * len(questions)
+    alone = isinstance(question, str)
+    questions = [question] if alone else list(question)
+    shared = not alone and not isinstance(image, list | tuple)
+    images = [image] if alone else [image] * len(questions) if shared else list(image)
     answers = [answer] * len(questions) if isinstance(answer, str) else list(answer)
+    for what, values in (("question", questions), ("answer", answers)):
+        wrong = next((type(value).__name__ for value in values if not isinstance(value, str)), None)
+        if wrong:
+            raise LensError(f"{what} of type {wrong}; expected a string or a list of strings")
+    if not questions:
+        raise LensError("no question; expected a string or a list of strings")
     for what, values in (("images", images), ("answers", answers)):
         if len(values) != len(questions):
             raise LensError(f"{len(values)} {what} for {len(questions)} questions; expected one entry per question")

@@ -67,7 +67,8 @@ class Processor:
 
     def knows_image_token(self, cfg: LlavaConfig) -> bool:
         """Whether the tokenizer has a word for an image; raises `LensError` if it is not the config's."""
-        token_id = self.tokenizer.get_vocab().get(self.image_token)
+        token_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        token_id = None if token_id == self.tokenizer.unk_token_id else token_id
         if token_id is not None and cfg.image_token_id is not None and token_id != cfg.image_token_id:
             raise LensError(
                 f"the tokenizer's {self.image_token} is {token_id}, the config's image_token_id {cfg.image_token_id}"

@@ -138,21 +138,22 @@ class Roles:
         """
         if not self.spans:
             raise LensError("these roles carry no text; make the inputs with model.prepare to select by word")
-        said = [s for s, label in zip(self.spans, self.labels, strict=True) if label in ("question", "answer", "text")]
-        low, high = (min(s for s, _ in said), max(e for _, e in said)) if said else (0, 0)
-        pattern = rf"(?<!\w){re.escape(word.strip())}(?!\w)"
-        hits = [
-            m.span() for m in re.finditer(pattern, self.text, re.IGNORECASE) if low <= m.start() and m.end() <= high
-        ]
-        if not hits or not word.strip():
-            words = dict.fromkeys(re.findall(r"[\w'-]+", self.text[low:high].lower()))
-            raise LensError(f"no word {word!r} in {self.text[low:high]!r}{nearest(word.lower(), words)}")
-        touching = [
-            i
-            for i, (start, end) in enumerate(self.spans)
-            if start < end and self.labels[i] != "image" and any(start < stop and first < end for first, stop in hits)
-        ]
-        return torch.tensor(touching, dtype=torch.long)
+        found = self._said(rf"(?<!\w){re.escape(word.strip())}(?!\w)") if word.strip() else []
+        if not found:
+            words = [there for there, _ in self._said(r"[\w'-]+")]
+            hint = nearest(word.lower(), [there.lower() for there in words]) or f": {' '.join(words)}"
+            raise LensError(f"no word {word!r} in the question or the given answer{hint}")
+        return torch.tensor(sorted({i for _, touched in found for i in touched}), dtype=torch.long)
+
+    def _said(self, pattern: str) -> list[tuple[str, list[int]]]:
+        """What a pattern matches in the question and the given answer, with the positions it touches."""
+        found = []
+        for match in re.finditer(pattern, self.text, re.IGNORECASE):
+            first, stop = match.span()
+            touched = [i for i, (start, end) in enumerate(self.spans) if start < min(end, stop) and first < end]
+            if touched and all(self.labels[i] in ("question", "answer", "text") for i in touched):
+                found.append((match.group(), touched))
+        return found
 
     # Pictures: from patches to the original's pixels and back
 
