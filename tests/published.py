@@ -1,4 +1,4 @@
-"""Small checkpoints in every format in which LLaVA has been published, written from one Hugging Face model."""
+"""Small checkpoints in every format in which LLaVA has been published, and a model without a forward to load them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from llava_lens.config import LlavaConfig as OurConfig
+from llava_lens.weights import load_weights, open_checkpoint
 
 SPELLINGS: dict[str, tuple[tuple[str, str], ...]] = {
     "transformers 5 in memory": (),
@@ -209,3 +212,79 @@ def ours(hf: Any, n_vision: int) -> dict[str, Tensor]:
     take("projector.linear_1", hf.model.multi_modal_projector.linear_1)
     take("projector.linear_2", hf.model.multi_modal_projector.linear_2)
     return found
+
+
+class Branch(nn.Module):
+    """Weights and nothing else, under the names of the real model."""
+
+    def __init__(self, cfg: Any = None, **parts: Any):
+        super().__init__()
+        if cfg is not None:
+            self.cfg = cfg
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, torch.Tensor) else part)
+
+
+def block(cfg: Any, norm: Any) -> Branch:
+    wide, narrow = cfg.n_heads * cfg.d_head, cfg.n_key_value_heads * cfg.d_head
+    attn = Branch(
+        q_proj=nn.Linear(cfg.d_model, wide, cfg.attn_bias),
+        k_proj=nn.Linear(cfg.d_model, narrow, cfg.attn_bias),
+        v_proj=nn.Linear(cfg.d_model, narrow, cfg.attn_bias),
+        o_proj=nn.Linear(wide, cfg.d_model, cfg.attn_bias),
+    )
+    names = ("gate_proj", "in_proj") if cfg.gated_mlp else ("in_proj",)
+    mlp = Branch(
+        **{name: nn.Linear(cfg.d_model, cfg.d_mlp, cfg.mlp_bias) for name in names},
+        out_proj=nn.Linear(cfg.d_mlp, cfg.d_model, cfg.mlp_bias),
+    )
+    return Branch(ln1=norm(cfg.d_model), attn=attn, ln2=norm(cfg.d_model), mlp=mlp)
+
+
+def stand_in(cfg: OurConfig) -> Any:
+    """A model on "meta" with the weights that `cfg` describes."""
+    with torch.device("meta"):
+        parts: dict[str, Any] = dict(
+            embed=nn.Embedding(cfg.d_vocab, cfg.d_model),
+            blocks=nn.ModuleList(block(cfg, lambda d: Branch(weight=torch.empty(d))) for _ in range(cfg.n_layers)),
+            ln_final=Branch(weight=torch.empty(cfg.d_model)),
+            unembed=nn.Linear(cfg.d_model, cfg.d_vocab, bias=False),
+        )
+        if vision := cfg.vision:
+            d, p = vision.d_model, vision.patch_size
+            parts["vision"] = Branch(
+                class_embed=torch.empty(d),
+                patch_embed=nn.Conv2d(3, d, p, p, bias=False),
+                pos_embed=nn.Embedding(vision.n_ctx, d),
+                ln_pre=nn.LayerNorm(d),
+                blocks=nn.ModuleList(block(vision, nn.LayerNorm) for _ in range(vision.n_layers)),
+            )
+            parts["projector"] = Branch(
+                linear_1=nn.Linear(d * len(vision.feature_layers), cfg.d_model, cfg.projector_bias),
+                linear_2=nn.Linear(cfg.d_model, cfg.d_model, cfg.projector_bias),
+            )
+        model: Any = Branch(cfg, **parts)
+        if cfg.tie_word_embeddings:
+            model.unembed.weight = model.embed.weight
+    return model
+
+
+def load(folder: Path | str, dtype: torch.dtype | None = None, **where: Any) -> Any:
+    checkpoint = open_checkpoint(folder, **where)
+    model = stand_in(OurConfig.from_hf(checkpoint.config))
+    load_weights(model, checkpoint, dtype=dtype)
+    return model
+
+
+def assert_same(model: Any, hf: Any, dtype: torch.dtype | None = None) -> None:
+    """Bit for bit, every weight of either side; `dtype` casts the reference first."""
+    vision = model.cfg.vision
+    expected = ours(hf, vision.n_layers if vision else 0)
+    found = model.state_dict()
+    if model.cfg.tie_word_embeddings:
+        assert model.unembed.weight is model.embed.weight
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == (dtype or tensor.dtype), name
+        assert torch.equal(found[name], tensor.to(found[name].dtype)), name
+    assert not [name for name, tensor in model.named_parameters() if tensor.is_meta or not tensor.requires_grad]
