@@ -1,0 +1,112 @@
+"""TransformerLens's names on the model: shapes, views, factored circuits, directions and single tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from random_models import hf_llama, hf_llava
+from transformer_lens import FactoredMatrix
+
+from llava_lens import HookedLlava
+from llava_lens.errors import LensError
+
+ODDS = ["plain", "grouped", "wide_grouped_heads", "attention_bias", "mlp_bias", "tied"]
+
+
+@pytest.fixture(params=ODDS)
+def model(request):
+    return HookedLlava.from_hf(hf_llava(request.param))
+
+
+def test_config_has_transformer_lens_field_names(model):
+    cfg, text = model.cfg, model.cfg
+    assert (cfg.n_layers, cfg.n_heads, cfg.d_model, cfg.d_mlp, cfg.d_vocab, cfg.n_ctx) == (3, 4, 64, 112, 97, 128)
+    assert cfg.normalization_type == "RMS" and cfg.final_rms and not cfg.attn_only and cfg.act_fn == "silu"
+    assert cfg.vision.n_layers == 3 and cfg.vision.n_layers_total == 4 and text.vision.normalization_type == "LN"
+    assert cfg.device == torch.device("cpu") and cfg.dtype == torch.float32
+
+
+def test_stacked_weights_have_transformer_lens_shapes(model):
+    c = model.cfg
+    layer, head, kv, d, width = c.n_layers, c.n_heads, c.n_key_value_heads, c.d_model, c.d_head
+    shapes = {
+        "W_E": (c.d_vocab, d), "W_U": (d, c.d_vocab), "b_U": (c.d_vocab,),
+        "W_Q": (layer, head, d, width), "W_K": (layer, kv, d, width), "W_V": (layer, kv, d, width),
+        "W_O": (layer, head, width, d), "b_Q": (layer, head, width), "b_K": (layer, kv, width),
+        "b_V": (layer, kv, width), "b_O": (layer, d), "W_in": (layer, d, c.d_mlp), "W_gate": (layer, d, c.d_mlp),
+        "W_out": (layer, c.d_mlp, d), "b_in": (layer, c.d_mlp), "b_out": (layer, d),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        assert tuple(getattr(model, name).shape) == shape, name
+    assert bool(model.b_Q.any()) == c.attn_bias and bool(model.b_out.any()) == c.mlp_bias
+
+
+def test_weights_per_block_are_views_that_write_through(model):
+    attn = model.blocks[1].attn
+    before = attn.q_proj.weight.detach().clone()
+    with torch.no_grad():
+        attn.W_Q[2].zero_()
+        width = model.cfg.d_head
+        assert not attn.q_proj.weight[2 * width : 3 * width].any()
+        attn.q_proj.weight.copy_(before)
+    for name in ("W_Q", "W_K", "W_V", "W_O"):
+        assert getattr(attn, name).untyped_storage().data_ptr() == getattr(attn, name)._base.untyped_storage().data_ptr()
+
+
+def test_weights_reproduce_the_activations(model):
+    """q = normalized ∘ gain @ W_Q + b_Q, result = z @ W_O, mlp_out = post @ W_out + b_out, in both towers."""
+    tokens = torch.randint(3, 89, (1, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens)
+        for layer, block in enumerate(model.blocks):
+            x = cache["normalized", layer, "ln1"] * block.ln1.w
+            q = torch.einsum("bpd,hdw->bphw", x, block.attn.W_Q) + block.attn.b_Q
+            torch.testing.assert_close(q, cache["q", layer], rtol=1e-5, atol=1e-5)
+            result = torch.einsum("bphw,hwd->bphd", cache["z", layer], block.attn.W_O)
+            torch.testing.assert_close(result, cache["result", layer], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(result.sum(2) + block.attn.b_O, cache["attn_out", layer], rtol=1e-5, atol=1e-4)
+            out = cache["post", layer] @ block.mlp.W_out + block.mlp.b_out
+            torch.testing.assert_close(out, cache["mlp_out", layer], rtol=1e-5, atol=1e-4)
+
+
+def test_circuits_are_factored(model):
+    group = model.cfg.n_heads // model.cfg.n_key_value_heads
+    assert isinstance(model.QK, FactoredMatrix) and isinstance(model.OV, FactoredMatrix)
+    layer, head = 1, 3
+    attn = model.blocks[layer].attn
+    torch.testing.assert_close(model.OV.AB[layer, head], attn.W_V[head // group] @ attn.W_O[head])
+    torch.testing.assert_close(model.QK.AB[layer, head], attn.W_Q[head] @ attn.W_K[head // group].T)
+    assert model.all_head_labels()[:5] == ["L0H0", "L0H1", "L0H2", "L0H3", "L1H0"]
+
+
+def test_residual_directions_give_logits(model):
+    tokens = torch.tensor([[4, 9, 11]])
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(tokens)
+    normalized = cache["normalized"]
+    directions = model.tokens_to_residual_directions(torch.tensor([5, 7]))
+    torch.testing.assert_close(normalized @ directions.T, logits[..., [5, 7]], rtol=1e-5, atol=1e-5)
+    assert model.tokens_to_residual_directions(5).shape == (model.cfg.d_model,)
+    with pytest.raises(LensError, match=r"token 97: expected 0 … 96"):
+        model.tokens_to_residual_directions(97)
+
+
+def test_accumulated_bias_is_what_no_input_explains(model):
+    total = sum(b.attn.b_O + b.mlp.b_out for b in model.blocks)
+    torch.testing.assert_close(model.accumulated_bias(3), total)
+    one = model.blocks[0].attn.b_O + model.blocks[1].attn.b_O
+    torch.testing.assert_close(model.accumulated_bias(1, mlp_input=True, include_mlp_biases=False), one)
+
+
+def test_placement_follows_the_model():
+    model = HookedLlava.from_hf(hf_llama()).to(torch.float64)
+    assert model.cfg.dtype == torch.float64
+    assert model(torch.tensor([[3, 4]])).dtype == torch.float64
+    hf_llama.cache_clear()
+
+
+def test_a_model_without_tokenizer_says_so(model):
+    with pytest.raises(LensError, match="no tokenizer"):
+        model.to_single_token("red")
+    with pytest.raises(LensError, match="no processor"):
+        model.prepare("what?")
