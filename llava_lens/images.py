@@ -50,7 +50,7 @@ def load_image(source: Any) -> Image.Image:
     if isinstance(source, Image.Image):
         return _decoded(source, "the PIL image")
     if isinstance(source, Tensor):
-        source = source.detach().cpu().numpy()
+        source = (source.float() if source.is_floating_point() else source).detach().cpu().numpy()
     if isinstance(source, np.ndarray) or hasattr(source, "__array__"):
         return Image.fromarray(_eight_bits(_channels_last(np.asarray(source))))
     raise LensError(f"an image of type {type(source).__name__}; expected a path, a PIL image, or an array")
@@ -77,14 +77,14 @@ def _from_file(source: str | Path) -> Image.Image:
         except DECODING_ERRORS as error:
             raise LensError(f"cannot read image {str(source)!r}: {error}") from error
         with image:
-            return ImageOps.exif_transpose(_decoded(image, f"image {str(source)!r}"))
+            return _decoded(image, f"image {str(source)!r}", upright=True)
 
 
 def _names_beside(path: Path) -> list[str]:
     return sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
 
 
-def _decoded(image: Image.Image, what: str) -> Image.Image:
+def _decoded(image: Image.Image, what: str, upright: bool = False) -> Image.Image:
     check_size(*image.size, what)
     if image.mode not in EIGHT_BIT_MODES:
         raise LensError(
@@ -93,9 +93,9 @@ def _decoded(image: Image.Image, what: str) -> Image.Image:
         )
     try:
         image.load()
+        return ImageOps.exif_transpose(image) if upright else image
     except DECODING_ERRORS as error:
         raise LensError(f"cannot decode {what}, {image.size[0]}×{image.size[1]}: {error}") from error
-    return image
 
 
 def _channels_last(array: np.ndarray) -> np.ndarray:

@@ -130,11 +130,11 @@ def render(processor: Processor, question: str, n_images: int, answer: str = "",
             f"{given} {token} in {question!r}, but {n_images} image{'s' * (n_images != 1)} given; expected as many"
             + (f", or no {token} at all: one per image is then put in front" if template else "")
         )
-    text, span = _in_template(processor, question, n_images) if template else _verbatim(question)
+    text, span, start = _in_template(processor, question, n_images) if template else _verbatim(question)
     answer = answer.lstrip()
     if answer:
         text += answer if text[-1:].isspace() else f" {answer}"
-    return Prompt(text, _trimmed(text, span, token), (len(text) - len(answer), len(text)) if answer else (-1, -1))
+    return Prompt(text, _trimmed(text, span, token), (min(start, len(text) - len(answer)), len(text)))
 
 
 def _trimmed(text: str, span: Span, token: str) -> Span:
@@ -145,13 +145,16 @@ def _trimmed(text: str, span: Span, token: str) -> Span:
     return span[0] + inner.start(1), span[0] + inner.end(1)
 
 
-def _verbatim(prompt: str) -> tuple[str, Span]:
-    """A whole prompt; one in Vicuna's form has its question between `USER:` and `ASSISTANT:`."""
-    form = re.search(r"USER:(.*?)(?:ASSISTANT:|$)", prompt, re.DOTALL)
-    return prompt, form.span(1) if form else (0, len(prompt))
+def _verbatim(prompt: str) -> tuple[str, Span, int]:
+    """A whole prompt, its question, and where its answer starts: around the last `ASSISTANT:` in Vicuna's form."""
+    form = re.fullmatch(r".*USER:(.*?)(?:ASSISTANT:\s*(.*))?", prompt, re.DOTALL)
+    if form is None:
+        return prompt, (0, len(prompt)), len(prompt)
+    return prompt, form.span(1), form.start(2) if form[2] else len(prompt)
 
 
-def _in_template(processor: Processor, question: str, n_images: int) -> tuple[str, Span]:
+def _in_template(processor: Processor, question: str, n_images: int) -> tuple[str, Span, int]:
+    """The rendered template, the question in it, and its end, where the answer starts."""
     token = processor.image_token
     for as_parts in (True, False):
         shell = _chat(processor, MARK, n_images if token not in question else 0, as_parts)
@@ -161,7 +164,7 @@ def _in_template(processor: Processor, question: str, n_images: int) -> tuple[st
         before, after = shell.split(MARK)
         for said in (question, question.strip()):
             if text == before + said + after:
-                return text, (len(before), len(before) + len(said))
+                return text, (len(before), len(before) + len(said)), len(text)
     raise LensError(
         f"the chat template does not keep the question and its {n_images} {token}; "
         "write the whole prompt and pass template=False"

@@ -322,7 +322,7 @@ def test_every_form_of_one_picture_is_the_same_picture(tmp_path: Path) -> None:
         (NOISE / 255).astype(np.float32),
         np.moveaxis(NOISE, -1, 0),
         torch.from_numpy(NOISE),
-        torch.from_numpy(NOISE).permute(2, 0, 1) / 255,
+        (torch.from_numpy(NOISE).permute(2, 0, 1) / 255).requires_grad_(),
     ]
     for form in forms:
         assert np.array_equal(np.asarray(load_image(form)), NOISE)

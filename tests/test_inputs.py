@@ -349,7 +349,11 @@ def test_a_whole_prompt_is_taken_as_it_is() -> None:
     prompt = "USER: <image>\nWhat is the color?\nhow many ASSISTANT: The circle is"
     ours = prepare(hf, cfg, prompt, picture(), template=False)
     assert torch.equal(ours.tokens, hf(text=prompt, images=picture(), return_tensors="pt")["input_ids"])
-    assert ours.roles_of().text == prompt and said(ours.roles_of(), "question") == "What is the color?\nhow many"
+    roles = ours.roles_of()
+    assert roles.text == prompt and said(roles, "question") == "What is the color?\nhow many"
+    assert said(roles, "answer") == "The circle is"
+    turns = prepare(hf, cfg, "USER: a ASSISTANT: red USER: it and ASSISTANT:", template=False, answer="the").roles_of()
+    assert said(turns, "question") == "it and" and said(turns, "answer") == "the"
     plain = prepare(hf, cfg, "the circle is", template=False)
     assert plain.roles_of().text == "the circle is" and said(plain.roles_of(), "question") == "the circle is"
     assert prepare(hf, cfg, "<image>", picture(), template=False).n_pos == 10
