@@ -139,10 +139,11 @@ def render(processor: Processor, question: str, n_images: int, answer: str = "",
 
 def _trimmed(text: str, span: Span, token: str) -> Span:
     """The span without the placeholders and white space at its ends."""
-    edge = rf"(?:\s|{re.escape(token)})*"
-    inner = re.fullmatch(f"{edge}(.*?){edge}", text[slice(*span)], re.DOTALL)
-    assert inner is not None
-    return span[0] + inner.start(1), span[0] + inner.end(1)
+    said = text[slice(*span)]
+    while said != (inner := said.strip().removeprefix(token).removesuffix(token)):
+        said = inner
+    start = text.index(said, span[0])
+    return start, start + len(said)
 
 
 def _verbatim(prompt: str) -> tuple[str, Span, int]:
@@ -159,7 +160,7 @@ def _in_template(processor: Processor, question: str, n_images: int) -> tuple[st
     for as_parts in (True, False):
         shell = _chat(processor, MARK, n_images if token not in question else 0, as_parts)
         text = _chat(processor, question, n_images if token not in question else 0, as_parts)
-        if shell.count(MARK) != 1 or "'type'" in shell or text.count(token) != n_images:
+        if shell.count(MARK) != 1 or "'type': 'text'" in shell or text.count(token) != n_images:
             continue
         before, after = shell.split(MARK)
         for said in (question, question.strip()):
