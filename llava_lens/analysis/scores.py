@@ -1,0 +1,237 @@
+"""`Scores`: numbers with named axes, the labels along them, and what produced them.
+
+Unusual: how far a sum that must close misses (`closure`) and how the numbers came about (`method`) travel with them,
+into every table, file and picture.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from llava_lens.errors import LensError, nearest
+from llava_lens.roles import Roles
+
+Label = int | str
+
+
+class Entry(NamedTuple):
+    """One score: where it stands, what that place is called, and its value."""
+
+    place: tuple[int, ...]
+    labels: tuple[Label, ...]
+    value: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scores:
+    """Labelled numbers `[*axes]` on the CPU.
+
+    `labels` names the places along an axis (0, 1, … where it has none). `closure` is the error of the sum that must
+    close, in `unit`; None where none must. `roles` belong to the axis `position`, one entry per row of the axis
+    `batch` where there is one. Raises `LensError` where axes and values disagree.
+
+    >>> scores = Scores(torch.tensor([[0.5, -1.0], [2.0, 0.0]]), ("layer", "head"), unit="nats")
+    >>> scores.top(1)
+    [Entry(place=(1, 0), labels=(1, 0), value=2.0)]
+    >>> scores.sum("head").values
+    tensor([-0.5000,  2.0000])
+    >>> scores[{"layer": -1}].axes
+    ('head',)
+    """
+
+    values: Shaped[Tensor, "..."]
+    axes: tuple[str, ...]
+    labels: Mapping[str, tuple[Label, ...]] = field(default_factory=dict)
+    unit: str = ""
+    method: Mapping[str, Any] = field(default_factory=dict)
+    closure: float | None = None
+    roles: tuple[Roles, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != len(self.axes) or len(set(self.axes)) != len(self.axes):
+            raise LensError(f"values {list(self.values.shape)} for the axes {self.axes}; expected one name per axis")
+        for axis, names in self.labels.items():
+            if len(names) != self.length(axis):
+                raise LensError(f"{len(names)} labels for the {self.length(axis)} places of {axis!r}")
+        object.__setattr__(self, "values", self.values.detach().cpu())
+
+    def axis(self, name: str) -> int:
+        """The number of an axis; raises `LensError` with the names there are."""
+        if name not in self.axes:
+            raise LensError(f"no axis {name!r}{nearest(name, self.axes)}; the axes are {', '.join(self.axes)}")
+        return self.axes.index(name)
+
+    def length(self, axis: str) -> int:
+        """How many places an axis has."""
+        return self.values.shape[self.axis(axis)]
+
+    def labels_of(self, axis: str) -> tuple[Label, ...]:
+        """The labels along an axis."""
+        return self.labels.get(axis) or tuple(range(self.length(axis)))
+
+    def __getitem__(self, places: Mapping[str, int | slice]) -> Scores:
+        """The scores at the given places, by axis: `scores[{"layer": 3, "head": slice(0, 2)}]`."""
+        if not isinstance(places, Mapping):
+            raise LensError(f"{places!r}; expected places by axis, {{{self.axes[0] if self.axes else 'axis'!r}: 0}}")
+        index: list[int | slice] = [slice(None)] * len(self.axes)
+        labels = {axis: self.labels_of(axis) for axis in self.labels}
+        for axis, place in places.items():
+            if isinstance(place, int) and not -self.length(axis) <= place < self.length(axis):
+                raise LensError(f"{axis} {place}; expected {-self.length(axis)} … {self.length(axis) - 1}")
+            index[self.axis(axis)] = place
+            if isinstance(place, slice):
+                labels[axis] = self.labels_of(axis)[place]
+        kept = tuple(axis for axis, place in zip(self.axes, index, strict=True) if isinstance(place, slice))
+        return replace(
+            self,
+            values=self.values[tuple(index)],
+            axes=kept,
+            labels={axis: names for axis, names in labels.items() if axis in kept},
+            roles=self._roles_at(places),
+        )
+
+    def _roles_at(self, places: Mapping[str, int | slice]) -> tuple[Roles, ...] | None:
+        if self.roles is None or isinstance(places.get("position"), slice):
+            return None  # some positions only: the roles no longer fit
+        row = places.get("batch", slice(None))
+        return self.roles[row] if isinstance(row, slice) else (self.roles[row],)
+
+    def sum(self, *axes: str) -> Scores:
+        """The scores summed over some axes (all for none)."""
+        names = axes or self.axes
+        summed = self.values.sum(tuple(self.axis(name) for name in names)) if names else self.values
+        kept = tuple(axis for axis in self.axes if axis not in names)
+        return replace(
+            self, values=summed, axes=kept, labels={a: names for a, names in self.labels.items() if a in kept}
+        )
+
+    def top(self, k: int = 10) -> list[Entry]:
+        """The `k` highest scores, highest first; those that are not a number are left out."""
+        flat = self.values.flatten()
+        order = flat.nan_to_num(-math.inf).argsort(descending=True, stable=True)
+        order = order[~flat[order].isnan()][:k]
+        return [self._entry(int(i)) for i in order]
+
+    def _entry(self, flat: int) -> Entry:
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), self.values.shape))
+        names = tuple(self.labels_of(axis)[i] for axis, i in zip(self.axes, index, strict=True))
+        return Entry(index, names, float(self.values[index]))
+
+    def over_image(self, image: int = 0) -> Scores:
+        """Scores of positions as a grid `[…, row, col]` of one image's patches.
+
+        Raises `LensError` without an axis `position`, without roles, and where rows of a batch differ in their grid.
+        """
+        self.axis("position")
+        if not self.roles:
+            raise LensError("these scores do not know which position is which patch; their inputs carried no roles")
+        places = [roles.patch_positions(image) for roles in self.roles]
+        if len({tuple(p.shape) for p in places}) > 1:
+            raise LensError("the rows of this batch have different patch grids; take one row at a time")
+        moved = self.values.movedim(self.axis("position"), -1)
+        if "batch" in self.axes:
+            batch = self.axis("batch") - (self.axis("position") < self.axis("batch"))
+            rows = zip(moved.movedim(batch, 0), places, strict=True)
+            grid = torch.stack([row[..., own] for row, own in rows]).movedim(0, batch)
+        else:
+            grid = moved[..., places[0]]
+        axes = (*(axis for axis in self.axes if axis != "position"), "row", "col")
+        return replace(self, values=grid, axes=axes, labels={a: n for a, n in self.labels.items() if a != "position"})
+
+    # Files and tables
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain lists, numbers and strings; a score that is not a number becomes None."""
+        if bool(self.values.isinf().any()):
+            raise LensError("infinite scores cannot be written as JSON")
+        return {
+            "axes": list(self.axes),
+            "values": _plain(self.values.tolist()),
+            "labels": {axis: list(names) for axis, names in self.labels.items()},
+            "unit": self.unit,
+            "method": dict(self.method),
+            "closure": self.closure,
+            "roles": None if self.roles is None else [json.loads(roles.to_json()) for roles in self.roles],
+        }
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> Scores:
+        """The scores that `to_json` wrote, as float64."""
+        roles = facts["roles"]
+        return cls(
+            values=torch.tensor(_numbers(facts["values"]), dtype=torch.float64),
+            axes=tuple(facts["axes"]),
+            labels={axis: tuple(names) for axis, names in facts["labels"].items()},
+            unit=facts["unit"],
+            method=facts["method"],
+            closure=facts["closure"],
+            roles=None if roles is None else tuple(Roles.from_json(json.dumps(each)) for each in roles),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file."""
+        Path(path).write_text(json.dumps(self.to_json(), ensure_ascii=False, allow_nan=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read a JSON file that `save` wrote."""
+        return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def __repr__(self) -> str:
+        shape = " × ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.values.shape, strict=True))
+        said = ", ".join(f"{key} {_brief(value)}" for key, value in self.method.items())
+        head = f"Scores[{shape}]" + (f" in {self.unit}" if self.unit else "") + (f": {said}" if said else "")
+        rows = [(*map(str, entry.labels), f"{entry.value:+.4g}") for entry in self.top(5)]
+        table = _table([(*self.axes, "score"), *rows]) if self.axes else f"{float(self.values):+.4g}"
+        closes = "" if self.closure is None else f"\nthe sum closes to {self.closure:.1e} {self.unit}".rstrip()
+        return f"{head}\n{table}{closes}"
+
+
+def _plain(values: Any) -> Any:
+    if isinstance(values, list):
+        return [_plain(value) for value in values]
+    return None if isinstance(values, float) and math.isnan(values) else values
+
+
+def _numbers(values: Any) -> Any:
+    return [_numbers(value) for value in values] if isinstance(values, list) else math.nan if values is None else values
+
+
+def _brief(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def stacked(each: Sequence[Scores]) -> Scores:
+    """Scores of the rows of a batch as one, with an axis `batch` in front; what differs between them becomes a list."""
+    first = each[0]
+    common = {axis: names for axis, names in first.labels.items() if all(s.labels.get(axis) == names for s in each)}
+    method = {
+        key: value if all(s.method[key] == value for s in each) else [s.method[key] for s in each]
+        for key, value in first.method.items()
+    }
+    closures = [s.closure for s in each if s.closure is not None]
+    roles = None if first.roles is None else tuple(r for s in each for r in s.roles or ())
+    return Scores(
+        values=torch.stack([s.values for s in each]),
+        axes=("batch", *first.axes),
+        labels=common,
+        unit=first.unit,
+        method=method,
+        closure=max(closures) if closures else None,
+        roles=roles,
+    )

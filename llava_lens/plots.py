@@ -1,0 +1,221 @@
+"""Pictures of scores: maps over the original picture, and the one page that explains an answer.
+
+Unusual: matplotlib is imported inside the functions and only as `Figure` objects, so importing this file costs
+nothing, no display is needed and no global figure is touched.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from llava_lens.analysis.explanation import Explanation
+from llava_lens.analysis.scores import Scores
+from llava_lens.errors import LensError
+from llava_lens.images import load_image
+from llava_lens.roles import Roles
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SIGNED, UNSIGNED = "RdBu_r", "viridis"
+"""Colour maps for scores with a sign (centred on zero) and without; both are safe for colour-blind readers."""
+OVER = 0.68
+"""Opacity of a map over the grey picture."""
+LARGEST = 1200
+"""Pictures are drawn with at most this many pixels along a side."""
+
+
+def overlay(
+    scores: Scores, image: Any, roles: Roles | None = None, *, ax: Axes | None = None, title: str = "", index: int = 0
+) -> Figure:
+    """Draw the scores of patches over the original picture, each patch exactly where its pixels came from.
+
+    `scores` are `[row, col]`, or `[position]` with their roles. Scores in nats or with a negative value get a diverging
+    colour map centred on zero, others a sequential one from zero; the strongest patch is outlined. `ax` is where to
+    draw, by default a new figure. Raises `LensError` without roles that know the way to the picture's pixels, or for a
+    picture of another size.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    roles = roles or (scores.roles[0] if scores.roles else None)
+    if roles is None:
+        raise LensError("overlay needs roles: make the inputs with model.prepare, and pass inputs.roles[0]")
+    grid = scores.over_image(index) if "position" in scores.axes else scores
+    if grid.axes != ("row", "col"):
+        raise LensError(f"scores with the axes {grid.axes}; expected ('row', 'col') or ('position',)")
+    picture = _picture(image, roles, index)
+    if ax is None:
+        width, height = _panel(roles, index)
+        ax = new_figure(width, height + 0.9).subplots()
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    _draw_picture(ax, _grey(picture), roles, index)
+    left, top, right, bottom = roles.region(index)
+    values = grid.values.numpy()
+    colours = _colours(values, signed=grid.unit == "nats")
+    drawn = ax.imshow(values, extent=(left, right, bottom, top), alpha=OVER, interpolation="nearest", **colours)
+    _frame(ax, roles, index)
+    _outline(ax, roles, grid, index)
+    bar = figure.colorbar(drawn, ax=ax, location="bottom", shrink=0.9, pad=0.02, aspect=30, label=grid.unit or " ")
+    bar.locator = MaxNLocator(5)
+    bar.update_ticks()
+    ax.set_title(title, fontsize=10)
+    return figure
+
+
+def heads_map(heads: Scores, *, ax: Axes | None = None, marked: Any = (), title: str = "") -> Figure:
+    """Draw scores `[layer, head]` as a heat map; `marked` heads (layer, head) get a dot."""
+    if heads.axes != ("layer", "head"):
+        raise LensError(f"scores with the axes {heads.axes}; expected ('layer', 'head')")
+    ax = ax or new_figure(5.0, 4.0).subplots()
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    values = heads.values.numpy()
+    drawn = ax.imshow(values, aspect="auto", origin="lower", interpolation="nearest", **_colours(values, signed=True))
+    places = np.array(list(marked)).reshape(-1, 2)
+    ax.scatter(places[:, 1], places[:, 0], s=9, color="black", marker="o", linewidths=0)
+    for axis, label, size in ((ax.xaxis, "head", values.shape[1]), (ax.yaxis, "layer", values.shape[0])):
+        axis.set_label_text(label)
+        axis.set_ticks(range(0, size, -(-size // 8)))
+    figure.colorbar(drawn, ax=ax, pad=0.02, label=heads.unit or None)
+    ax.set_title(title, fontsize=10)
+    return figure
+
+
+def explanation_figure(explanation: Explanation, image: Any) -> Figure:
+    """One page: the picture, mean attention, the map of log-probability increase, and the heads it comes from.
+
+    `image` is the picture that the inputs were made from (path, PIL image or array). Raises `LensError` for another
+    picture's size.
+    """
+    e, roles = explanation, explanation.roles
+    width, height = _panel(roles, 0)
+    figure = new_figure(3 * width + 1.0, height + 4.6)
+    grid = figure.add_gridspec(2, 3, height_ratios=(height + 0.7, 3.0))
+    scene, attention, increase = (figure.add_subplot(grid[0, i]) for i in range(3))
+    picture = _picture(image, roles, 0)
+    _draw_picture(scene, np.asarray(picture), roles, 0)
+    _frame(scene, roles, 0)
+    patches = e.patches()
+    _outline(scene, roles, patches, 0)
+    scene.set_title("the picture; outlined: strongest patch", fontsize=10)
+    overlay(e.patch_attention(), picture, roles, ax=attention, title="mean attention (all heads)")
+    overlay(patches, picture, roles, ax=increase, title=f"log-probability increase of “{_plain(e.answer)}”")
+    heads = figure.add_subplot(grid[1, 0])
+    marked = [entry.place for entry in e.top_heads]
+    heads_map(e.heads, ax=heads, marked=marked, title="increase by head (dots: those in the map)")
+    text = figure.add_subplot(grid[1, 1:])
+    text.set_axis_off()
+    facts = _wrapped(e.findings(), int(2 * width * 12.5))
+    text.text(0, 1, facts, va="top", ha="left", fontsize=8.5, family="monospace", transform=text.transAxes)
+    columns = int(3 * width * 9)
+    title = textwrap.fill(_plain(e.question), columns, max_lines=4, placeholder=" …")
+    said = textwrap.shorten(_plain(e.text or e.answer), columns - 24, placeholder=" …")
+    figure.suptitle(f"{title}\n→ {said}    p(“{_plain(e.answer)}”) = {e.probability:.3f}", fontsize=12)
+    return figure
+
+
+def explanation_png(explanation: Explanation, image: Any, dpi: int = 110) -> bytes:
+    """`explanation_figure` as the bytes of a PNG file."""
+    return png(explanation_figure(explanation, image), dpi)
+
+
+def png(figure: Figure, dpi: int = 110) -> bytes:
+    """A figure as the bytes of a PNG file."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=dpi, metadata={"Software": "llava-lens"})
+    return out.getvalue()
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches that belongs to no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _wrapped(text: str, columns: int) -> str:
+    """Lines no longer than `columns`, what is left of one indented below it."""
+    return "\n".join(textwrap.fill(_plain(line), columns, subsequent_indent=" " * 8) for line in text.splitlines())
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib takes literally, without mathematics."""
+    return text.replace("$", r"\$")
+
+
+def _panel(roles: Roles, index: int) -> tuple[float, float]:
+    """Inches for a panel that shows the picture and what patches stick out of it."""
+    left, top, right, bottom = _extent(roles, index)
+    shape = (right - left) / (bottom - top)
+    width = float(np.clip(4.0 * shape, 3.0, 5.0))
+    return width, float(np.clip(width / shape, 1.2, 4.2))
+
+
+def _extent(roles: Roles, index: int) -> tuple[float, float, float, float]:
+    """The box that shows the whole picture and every patch, padding included."""
+    width, height = roles.image_size(index)
+    left, top, right, bottom = roles.region(index)
+    return min(left, 0), min(top, 0), max(right, width), max(bottom, height)
+
+
+def _picture(image: Any, roles: Roles, index: int) -> Image.Image:
+    picture = load_image(image)
+    if picture.size != roles.image_size(index):
+        raise LensError(f"a picture of {picture.size}; the inputs were made from one of {roles.image_size(index)}")
+    return picture.convert("RGB")
+
+
+def _grey(picture: Image.Image) -> np.ndarray:
+    """The picture in light greys, so that a map's colours keep their meaning over it."""
+    grey = np.asarray(_fitting(picture), np.float32).max(-1) / 255  # the largest channel: colours stand out of greys
+    return np.repeat((0.35 + 0.65 * grey)[..., None], 3, -1)
+
+
+def _fitting(picture: Image.Image) -> Image.Image:
+    factor = max(*picture.size, LARGEST) / LARGEST
+    return picture if factor == 1 else picture.resize([max(1, round(s / factor)) for s in picture.size])
+
+
+def _draw_picture(ax: Axes, pixels: np.ndarray, roles: Roles, index: int) -> None:
+    width, height = roles.image_size(index)
+    ax.imshow(pixels, extent=(0, width, height, 0), interpolation="antialiased")
+
+
+def _frame(ax: Axes, roles: Roles, index: int) -> None:
+    """The patch grid, and limits that show all of it."""
+    rows, cols = roles.grid(index)
+    left, top, right, bottom = roles.region(index)
+    thin = {"color": "white", "alpha": 0.55, "linewidth": float(np.clip(6 / rows, 0.25, 0.8))}
+    ax.vlines(np.linspace(left, right, cols + 1), top, bottom, **thin)
+    ax.hlines(np.linspace(top, bottom, rows + 1), left, right, **thin)
+    x0, y0, x1, y1 = _extent(roles, index)
+    ax.set(xlim=(x0, x1), ylim=(y1, y0), xticks=[], yticks=[], facecolor="0.88", anchor="N")
+
+
+def _outline(ax: Axes, roles: Roles, grid: Scores, index: int) -> None:
+    """A box around the strongest patch, black on white so that it shows on any ground."""
+    from matplotlib.patches import Rectangle
+
+    row, col = grid.top(1)[0].place
+    left, top, right, bottom = roles.box_of_patch(row, col, index)
+    for color, width in (("white", 3.2), ("black", 1.4)):
+        ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=color, linewidth=width))
+
+
+def _colours(values: np.ndarray, signed: bool = False) -> dict[str, Any]:
+    """Colour map and limits: centred on zero where there is a sign, from zero where there is none."""
+    finite = values[np.isfinite(values)]
+    largest = float(np.abs(finite).max()) if finite.size and np.abs(finite).max() > 0 else 1.0
+    if signed or (finite < 0).any():
+        return {"cmap": SIGNED, "vmin": -largest, "vmax": largest}
+    return {"cmap": UNSIGNED, "vmin": 0.0, "vmax": largest}
