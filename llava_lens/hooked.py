@@ -6,20 +6,19 @@ text-only input, a layer above `stop_at_layer`): an edit that cannot take effect
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from llava_lens.inputs import Inputs
 from torch import Tensor
 from transformer_lens import HookedRootModule
-from transformer_lens.utilities import Slice
 
 from llava_lens.cache import LlavaCache
-from llava_lens.errors import LensError, UnknownHook, nearest
-from llava_lens.hooks import Hook, reader
+from llava_lens.errors import UnknownHook, nearest
+from llava_lens.hooks import Hook
+from llava_lens.inputs import Inputs
+from llava_lens.record import Cuts, Recorder, axis_sizes, kept_dtype, kept_numel
 
 HookFn = Callable[..., Any]
 HookName = str | Callable[[str], bool]
@@ -107,66 +106,57 @@ class HookedModel(HookedRootModule):
 
         `names_filter` (names or a predicate; None keeps all), `device` and `dtype` say what is kept and where.
         `pos_slice` cuts decoder positions, `vision_pos_slice` tower positions. With `incl_bwd` the scalar output, or
-        `metric(output)`, is differentiated and gradients are kept under `name + "_grad"`; values derived for
-        listeners (scores, pattern, result, scale) then lie on the path, which may move the output by rounding.
-        `return_cache_object=False` gives a plain dict.
+        `metric(output)`, is differentiated and gradients are kept under `name + "_grad"`; no weight's `.grad` is
+        touched. Values derived for listeners (scores, pattern, result, scale) then lie on the path, which may move the
+        output by rounding. `return_cache_object=False` gives a plain dict.
 
-        Raises `UnknownHook` for a name without a hook, or that did not fire in this run.
+        Raises `UnknownHook` for a name without a hook, or that did not fire in this run; `LensError` for a slice that
+        keeps no position, and for `incl_bwd` without a scalar or a graph.
         """
-        stored: dict[str, Tensor] = {}
-        cuts = {"": Slice.unwrap(pos_slice), "vision.": Slice.unwrap(vision_pos_slice)}
-        keep = keeper(stored, partial(keep_slice, cuts=cuts), device, dtype, incl_bwd)
-        wanted = names_filter if callable(names_filter) else self.hook_names(names_filter)
-        each = [wanted] if callable(wanted) else wanted if names_filter is not None else [lambda _: True]
-        with self.hooks([(name, keep) for name in each], reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts):
+        asked = self.hook_names(names_filter)
+        record = Recorder(Cuts(pos_slice, vision_pos_slice), device, dtype, incl_bwd, owned=self.parameters())
+        each = [names_filter or (lambda _: True)] if names_filter is None or callable(names_filter) else asked
+        listeners = [(name, record) for name in each]
+        with self.hooks(listeners, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts):
             self.is_caching = True
             out = self(*model_args, **model_kwargs)
             if incl_bwd:
-                differentiate(metric(out) if metric else out)
+                record.differentiate(metric(out) if metric else out)
         inputs, self.inputs_seen = self.inputs_seen, None
-        cache = LlavaCache(stored, self, inputs=inputs)
+        cache = LlavaCache(record.stored, self, inputs=inputs, asked=frozenset(asked))
         if remove_batch_dim:
             cache.remove_batch_dim()
         return out, cache if return_cache_object else cache.cache_dict
 
+    def cache_bytes(
+        self,
+        *model_args: Any,
+        names_filter: NamesFilter = None,
+        dtype: torch.dtype | None = None,
+        incl_bwd: bool = False,
+        pos_slice: Any = None,
+        vision_pos_slice: Any = None,
+        **model_kwargs: Any,
+    ) -> int:
+        """Bytes that `run_with_cache` with these arguments would keep, without running.
 
-def keeper(
-    stored: dict[str, Tensor],
-    cut: Callable[[Tensor, Hook], Tensor],
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    incl_bwd: bool,
-) -> HookFn:
-    """A reading hook function that files activations (and gradients) under their names; a second firing raises."""
+        The sum of every entry's `nbytes`; a tensor kept under two names (`resid_post` and the next `resid_pre`) counts
+        twice though it lies in memory once. With `incl_bwd` it is exact if every weight requires a gradient, else an
+        upper bound. Raises as `run_with_cache` does.
+        """
+        inputs = self.read_inputs(*model_args, **model_kwargs)
+        sizes, cuts = self.axis_sizes(inputs), Cuts(pos_slice, vision_pos_slice)
+        total = 0
+        for hook in map(self.hook, self.hook_names(names_filter)):
+            kept = dtype or kept_dtype(hook, self.cfg.dtype, inputs)
+            copies = 2 if incl_bwd and hook.name != "vision.hook_pixels" else 1
+            total += kept_numel(hook, sizes, cuts) * kept.itemsize * copies
+        return total
 
-    def file(name: str, act: Tensor, hook: Hook) -> None:
-        if name in stored:
-            raise LensError(f"{name!r} fired twice in one run; a cache keeps one forward pass")
-        stored[name] = cut(act.detach(), hook).to(device=device, dtype=dtype)
+    def axis_sizes(self, inputs: Inputs) -> dict[str, dict[str, int]]:
+        """How long each hook axis is in a run of `inputs`, by the hooks' prefix; a subclass adds its own axes."""
+        return axis_sizes(self.cfg, inputs)
 
-    def keep(act: Tensor, hook: Hook) -> None:
-        assert hook.name is not None
-        file(hook.name, act, hook)
-        if incl_bwd and act.requires_grad:
-            act.register_hook(lambda grad: file(hook.name + "_grad", grad, hook))
-
-    keep.wants_grad = incl_bwd  # type: ignore[attr-defined]
-    return reader(keep)
-
-
-def keep_slice(act: Tensor, hook: Hook, cuts: Mapping[str, Slice]) -> Tensor:
-    """Cut an activation's positions (its queries, for scores and patterns) by the slice of its tower."""
-    cut = cuts["vision." if (hook.name or "").startswith("vision.") else ""]
-    axes = hook.axes.split()
-    axis = axes.index("pos") if "pos" in axes else axes.index("query") if "query" in axes else None
-    if axis is None or cut.mode == "identity":
-        return act
-    return cut.apply(act, dim=axis).clone()
-
-
-def differentiate(value: Tensor) -> None:
-    """Backward from a scalar; anything else raises."""
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise LensError(f"incl_bwd needs a scalar, got {got}: ask for return_type='loss' or give metric=")
-    value.backward()
+    def read_inputs(self, *args: Any, **kwargs: Any) -> Inputs:
+        """What `forward` was given, as `Inputs`."""
+        raise NotImplementedError

@@ -1,0 +1,159 @@
+"""What the caches of both towers share: keys, the reasons why an entry is missing, and sums that close or refuse."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import re
+from collections.abc import Callable, Iterator, MutableMapping
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from transformer_lens import ActivationCache
+from transformer_lens.utilities import Slice, get_act_name
+
+from llava_lens.errors import LensError, UnknownHook, nearest
+from llava_lens.record import identity
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+Cache = TypeVar("Cache", bound="StackCache")
+
+
+def checks_layer(method: Method) -> Method:
+    """The same method, refusing a `layer` that the stack does not have instead of summing less."""
+    signature = inspect.signature(method)
+
+    @wraps(method)
+    def checked(self: StackCache, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        layer, n = given.get("layer"), self.model.cfg.n_layers
+        before_mlp = bool(given.get("mlp_input", False))
+        what = f"{method.__name__}({layer=}{', mlp_input=True' if before_mlp else ''})"
+        if before_mlp and (layer in (None, -1) or not 0 <= operator.index(layer) < n):
+            raise LensError(f"{what}: the layer of an MLP is 0 … {n - 1}")
+        if layer not in (None, -1) and not 0 <= operator.index(layer) <= n:
+            raise LensError(f"{what}: expected 0 … {n}; {n}, -1 or None mean the end")
+        return method(self, *args, **kwargs)
+
+    return cast(Method, checked)
+
+
+class StackCache(ActivationCache):
+    """The activations of one stack of blocks, the decoder's or the tower's; use `LlavaCache` and its `.vision`."""
+
+    model: Any
+
+    def __init__(self, entries: MutableMapping[str, Tensor], model: Any, has_batch_dim: bool = True):
+        super().__init__(cast(dict[str, Tensor], entries), model, has_batch_dim)
+        self.has_embed = True  # a missing embedding raises instead of leaving a sum that does not close
+        self.has_pos_embed = False  # the tower's lies before its pre-norm, the decoder's are rotary
+
+    decompose_resid = checks_layer(ActivationCache.decompose_resid)
+    accumulated_resid = checks_layer(ActivationCache.accumulated_resid)
+    stack_head_results = checks_layer(ActivationCache.stack_head_results)
+    stack_neuron_results = checks_layer(ActivationCache.stack_neuron_results)
+    stack_activation = checks_layer(ActivationCache.stack_activation)
+    apply_ln_to_stack = checks_layer(ActivationCache.apply_ln_to_stack)
+    get_full_resid_decomposition = checks_layer(ActivationCache.get_full_resid_decomposition)
+
+    def full_name(self, key: Any) -> str:
+        """The full name of a key: `("scale", 0, "ln1")` is `blocks.0.ln1.hook_scale`.
+
+        Raises `LensError` for what is no key at all, `UnknownHook` for a layer outside the stack.
+        """
+        parts = (key,) if isinstance(key, str) else key
+        if not isinstance(parts, tuple) or not 1 <= len(parts) <= 3 or not isinstance(parts[0], str):
+            raise LensError(f"{key!r} is no cache key; expected a name, (name, layer) or (name, layer, 'ln1' or 'ln2')")
+        name, layer, sublayer = parts[0], parts[1] if len(parts) > 1 else None, parts[2] if len(parts) > 2 else None
+        if name in self.cache_dict and layer is None:
+            return name
+        suffix = "_grad" if name.endswith("_grad") else ""
+        if layer is not None:
+            layer = self._layer(layer, key)
+        return get_act_name(name.removesuffix("_grad"), layer, sublayer) + suffix
+
+    def _layer(self, layer: Any, key: Any) -> int:
+        n = self.model.cfg.n_layers
+        try:
+            index = operator.index(layer)
+        except TypeError:
+            raise LensError(f"layer {layer!r} in {key!r}; expected a whole number") from None
+        if not -n <= index < n:
+            raise UnknownHook(f"layer {index} in {key!r}; expected " + (f"{-n} … {n - 1}" if n else "none: no blocks"))
+        return index % n
+
+    def _find(self, key: Any) -> Tensor:
+        name = self.full_name(key)
+        if name not in self.cache_dict:
+            raise UnknownHook(self._why_missing(key, name))
+        return self.cache_dict[name]
+
+    def __contains__(self, key: Any) -> bool:
+        try:
+            return self.full_name(key) in self.cache_dict
+        except LensError:
+            return False
+
+    def _hook_names(self) -> list[str]:
+        """The hooks there are, as this cache spells them."""
+        raise NotImplementedError
+
+    def _why_absent(self, name: str) -> str:
+        """Why a hook that exists has no entry."""
+        raise NotImplementedError
+
+    def _why_missing(self, key: Any, name: str) -> str:
+        hook, names = name.removesuffix("_grad"), self._hook_names()
+        if hook in names:
+            if hook != name and hook in self.cache_dict:
+                return f"{hook!r} has no gradient here: run with incl_bwd=True (and a gradient must reach it)"
+            return self._why_absent(hook)
+        block = re.match(r"blocks\.(-?\d+)\.", hook)
+        if block:
+            self._layer(int(block[1]), key)
+            if hook.endswith((".hook_scale", ".hook_normalized")):
+                return f"{key!r} does not say which norm: ({key[0]!r}, {block[1]}, 'ln1') or 'ln2'"
+            short = {n.rpartition("hook_")[2] for n in names if n.startswith("blocks.")}
+            given = key[0] if isinstance(key, tuple) else key
+            return f"no hook for the key {key!r}{nearest(given, short if isinstance(key, tuple) else names)}"
+        if any(n.endswith(f".hook_{hook.removeprefix('hook_')}") and n.startswith("blocks.") for n in names):
+            return f"{key!r} is in every block; say the layer: ({key!r}, layer)"
+        return f"no hook for the key {key!r}{nearest(hook, names)}"
+
+    def _get_cached_ln_scale(self, layer: Any, mlp_input: bool, pos_slice: Slice, batch_slice: Any = None) -> Tensor:
+        end = layer is None or layer == self.model.cfg.n_layers
+        scale = self._find("ln_final.hook_scale" if end else ("scale", layer, "ln2" if mlp_input else "ln1"))
+        scale = pos_slice.apply(scale, dim=-2)
+        return batch_slice.apply(scale) if batch_slice is not None and self.has_batch_dim else scale
+
+    def to(self: Cache, device: torch.device | str | torch.dtype) -> Cache:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Move every entry to a device (or to a dtype), in place; entries that share memory go on sharing it."""
+        moved: dict[Any, Tensor] = {}
+        sources = dict(self.cache_dict)
+        for name, act in sources.items():
+            self.cache_dict[name] = moved.setdefault(identity(act), act.to(device))
+        return self
+
+
+class Prefixed(MutableMapping[str, Tensor]):
+    """The entries of a dictionary whose names start with a prefix, without it; writing goes through."""
+
+    def __init__(self, entries: MutableMapping[str, Tensor], prefix: str):
+        self.entries, self.prefix = entries, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.entries[self.prefix + name]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self.entries[self.prefix + name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.entries[self.prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self.prefix) for name in self.entries if name.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
