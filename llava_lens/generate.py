@@ -178,7 +178,7 @@ class Choice:
             if repetition_penalty != 1.0:
                 warpers.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
             if cfg.image_token_id is not None and cfg.image_token_id < cfg.d_vocab:
-                warpers.append(SuppressTokensLogitsProcessor([cfg.image_token_id], cfg.device))
+                warpers.append(SuppressTokensLogitsProcessor([cfg.image_token_id], str(cfg.device)))
             if temperature != 1.0:
                 warpers.append(TemperatureLogitsWarper(float(temperature)))
             if top_k is not None:

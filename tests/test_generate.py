@@ -206,7 +206,7 @@ def test_an_edit_in_every_step_equals_the_full_passes_by_hand(cached):
     def knock_out(z, hook):
         z[:, :, 2] = 0
 
-    hooks = [("blocks.1.attn.hook_z", knock_out)]
+    hooks: list = [("blocks.1.attn.hook_z", knock_out)]
     tokens = inputs["input_ids"]
     with torch.no_grad():
         for _ in range(6):

@@ -41,11 +41,11 @@ def fired(model):
 def test_starting_at_a_layer_gives_the_same_bits_and_skips_what_is_earlier(attention, inputs):
     model = HookedLlava.from_hf(hf_llava("grouped", attention))
     logits, cache = model.run_with_cache(**inputs)
+    mask = inputs["attention_mask"]
     for layer in range(model.cfg.n_layers):
         heard: list = []
         before = fired(model)
         with model.hooks(fwd_hooks=[(lambda name: True, lambda act, hook, heard=heard: heard.append(hook.name))]):
-            mask = inputs["attention_mask"]
             again = model(cache["resid_pre", layer], start_at_layer=layer, attention_mask=mask)
         assert torch.equal(again, logits), layer
         early = [n for n in model.hook_dict if n.startswith(("vision.", "projector.", "hook_embed", "hook_text_embed"))]

@@ -122,8 +122,8 @@ def test_every_head_at_once_with_the_baseline_per_example():
             result = patching.get_act_patch_resid_pre(
                 model, corrupt.tokens, cache, per_row, reduce="none", baseline=True
             )
-    assert swept.shape == (5, model.cfg.n_layers, model.cfg.n_heads)
-    assert torch.equal(result.baseline, per_row(model(corrupt)).detach())
+    assert isinstance(swept, torch.Tensor) and swept.shape == (5, model.cfg.n_layers, model.cfg.n_heads)
+    assert result.baseline is not None and torch.equal(result.baseline, per_row(model(corrupt)).detach())
 
 
 def test_patching_without_the_picture_raises_instead_of_running_blind():
@@ -139,6 +139,7 @@ def test_patching_without_the_picture_raises_instead_of_running_blind():
 def test_detect_head_sees_the_picture(kind, odd):
     model, clean, _ = study(odd)
     text = "w5 <image> w6 w7 w8 w6 w7 w8"
+    assert clean.pixels is not None
     one = Inputs(model.to_tokens(text), clean.pixels[:1])
     with model.looking_at(one), torch.no_grad():
         scores = detect_head(model, text, kind)
