@@ -53,8 +53,9 @@ def test_everything_comes_back(odd, dtype, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["cache.safetensors"]
 
 
-def test_shared_memory_is_stored_once_and_shared_again(tmp_path):
-    model, cache = run()
+@pytest.mark.parametrize("images", [(1,), (1, 1)])  # of one image, the features are a contiguous part of the stream
+def test_shared_memory_is_stored_once_and_shared_again(images, tmp_path):
+    model, cache = run(images=images)
     cache.save(tmp_path / "cache")
     loaded = load(tmp_path / "cache", model)
     assert loaded["resid_pre", 1].data_ptr() == loaded["resid_post", 0].data_ptr()
