@@ -276,7 +276,7 @@ def test_the_hub_sends_no_more_than_is_read(
     folder = write(tmp_path / "llava", hf.config, hf.state_dict(), shards, suffix)
     weights = {path.name for path in folder.glob(f"*.{suffix}")}
     (folder / "original").mkdir()
-    unread = ["consolidated.safetensors", "original/model.safetensors", "training_args.bin", "tf_model.h5"]
+    unread = ["consolidated.safetensors", "original/params.json", "training_args.bin", "tf_model.h5"]
     unread += ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"] if suffix == "safetensors" else []
     for name in unread:
         (folder / name).write_bytes(b"not read")
