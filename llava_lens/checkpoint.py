@@ -17,8 +17,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from transformers import CONFIG_MAPPING, LlamaConfig, LlavaConfig, PreTrainedConfig
 
-from .errors import nearest
-from .shards import WEIGHT_FILES, CheckpointError, Entry, read_headers, read_index, read_json
+from llava_lens.errors import nearest
+from llava_lens.shards import WEIGHT_FILES, CheckpointError, Entry, read_headers, read_index, read_json
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 """What is fetched from the hub before any weight: configuration, index, tokenizer and processor."""

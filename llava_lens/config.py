@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+CPU = torch.device("cpu")
 NOT_ARCHITECTURE = ("model_name", "tokenizer_name", "device", "dtype", "eos_token_ids", "pad_token_id")
 ACTIVATIONS = ACT2FN
 """Activation functions by the name a checkpoint's config gives them."""
@@ -142,7 +143,7 @@ class DecoderConfig(TowerConfig):
     vision: VisionConfig | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     dtype: torch.dtype = torch.float32
 
     @classmethod
@@ -241,9 +242,7 @@ class LlavaConfig(DecoderConfig):
                 "expected 'clip_vision_model' and 'llama'"
             )
         fields = dict(
-            vision=VisionConfig.from_hf(
-                hf.vision_config, hf.vision_feature_layer, hf.vision_feature_select_strategy
-            ),
+            vision=VisionConfig.from_hf(hf.vision_config, hf.vision_feature_layer, hf.vision_feature_select_strategy),
             image_token_id=hf.image_token_index,
             projector_act_fn=hf.projector_hidden_act,
             projector_bias=hf.multimodal_projector_bias,

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from . import errors
-from .shards import CheckpointError
+from llava_lens.errors import nearest
+from llava_lens.shards import CheckpointError
 
 
 class Fold(NamedTuple):
@@ -134,7 +134,7 @@ def look_up(key: str, table: Table) -> str | None:
 def nearest(key: str, table: Table) -> str:
     """A clause with the known key most like this one, for a message; empty when none is close."""
     layers = re.findall(r"(?<=layers\.)\d+", key)
-    near = errors.nearest(re.sub(r"(?<=layers\.)\d+", "{l}", key), _spellings(table), n=1)
+    near = nearest(re.sub(r"(?<=layers\.)\d+", "{l}", key), _spellings(table), n=1)
     return near.replace("{l}", layers[0] if layers else "0")
 
 

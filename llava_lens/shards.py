@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import LensError
+from llava_lens.errors import LensError
 
 
 class CheckpointError(LensError):

@@ -184,10 +184,12 @@ class TransformerLensSurface:
     def to_single_token(self, string: str) -> int:
         """The id of a string that is one token; raises with the pieces, or the nearest words, when it is not."""
         ids = self.tokenizer(string, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id != self.tokenizer.convert_tokens_to_ids(string):
+        unknown = ids == [self.tokenizer.unk_token_id] and string != self.tokenizer.unk_token
+        if len(ids) != 1 or unknown:
             pieces = self.tokenizer.convert_ids_to_tokens(ids)
             hint = nearest(string, self.tokenizer.get_vocab())
-            raise LensError(f"{string!r} is {len(ids)} tokens {pieces}, expected one that is in the vocabulary{hint}")
+            count = f"{len(ids)} token{'s' * (len(ids) != 1)}"
+            raise LensError(f"{string!r} is {count} {pieces}, expected one that is in the vocabulary{hint}")
         return ids[0]
 
     def to_single_str_token(self, token: int) -> str:

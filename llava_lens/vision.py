@@ -34,9 +34,7 @@ class Vision(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, layer, LayerNorm, MLP) for layer in range(cfg.n_layers))
         self.hook_features = Hook("batch feature d_features")
 
-    def forward(
-        self, pixels: Float[Tensor, "image channel height width"]
-    ) -> Float[Tensor, "image feature d_features"]:
+    def forward(self, pixels: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image feature d_features"]:
         """Features of every patch for the projector; several feature layers are laid side by side."""
         x = self.hook_embed(self.ln_pre(self.embed(self.hook_pixels(pixels))))
         streams = [x]

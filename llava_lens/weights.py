@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import Checkpoint, NotLlava, open_checkpoint
-from .rename import (
+from llava_lens.checkpoint import Checkpoint, NotLlava, open_checkpoint
+from llava_lens.rename import (
     CLIP_TABLE,
     LLAMA_TABLE,
     LLAVA_TABLE,
@@ -29,7 +29,7 @@ from .rename import (
     published,
     rename,
 )
-from .shards import CheckpointError, CorruptFile, Entry, UnsafeFile
+from llava_lens.shards import CheckpointError, CorruptFile, Entry, UnsafeFile
 
 __all__ = [
     "CLIP_TABLE",

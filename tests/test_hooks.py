@@ -86,7 +86,7 @@ def downstream(name: str, names: list[str]) -> set[str]:
         later = [r for r in later if r != "text"]
     reached = {other for other in names if room(other) in later}
     if "blocks." in name:
-        prefix, layer, inside = split(name)
+        _, layer, inside = split(name)
         for other in names:
             if room(other) == here:
                 _, other_layer, other_inside = split(other)
@@ -231,7 +231,7 @@ def test_an_unknown_name_raises_with_the_nearest(setting):
         model.run_with_hooks(fwd_hooks=[("blocks.1.attn.hook_patern", lambda act, hook: None)], **inputs)
     with pytest.raises(UnknownHook, match="selects none"):
         model.run_with_cache(**inputs, names_filter=lambda name: "nowhere" in name)
-    with pytest.raises(UnknownHook, match="blocks.7.hook_z"):
+    with pytest.raises(UnknownHook, match=r"blocks\.7\.hook_z"):
         model.add_hook("blocks.7.hook_z", lambda act, hook: None)
     with pytest.raises(UnknownHook, match="hook_resid_post"):
         model.run_with_cache(**inputs, names_filter=["blocks.0.hook_resid_pos"])
