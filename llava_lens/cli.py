@@ -6,6 +6,7 @@ Unusual: everything heavy is imported after the arguments are read, and bad inpu
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import warnings
@@ -51,7 +52,7 @@ def parser() -> Parser:
     explain.add_argument("--model", metavar="DIR_OR_ID", help="a checkpoint's folder or hub id (default: the embedded)")
     explain.add_argument("--answer", metavar="WORD", help="explain this token instead of the model's own choice")
     explain.add_argument("--stem", default="", metavar="TEXT", help="start of the answer; explains the token after it")
-    explain.add_argument("--top-k", type=positive, default=10, metavar="K", help="heads in the map (default: 10)")
+    explain.add_argument("--top-k", type=positive, default=4096, metavar="K", help="cells to compute exactly (4096)")
     explain.add_argument("--out", default="llava-lens-out", metavar="DIR", help="where to write (default: %(default)s)")
     explain.add_argument("--no-picture", action="store_true", help="write the scores, draw nothing")
     explain.add_argument("--device", metavar="DEVICE", help="cpu, cuda … (default: cuda where there is one)")
@@ -134,10 +135,13 @@ def draw(explanation: Any, picture: Any) -> bytes:
 def scene_and_question(image: str | None, question: str | None) -> tuple[str, str]:
     """What was given, or the bundled scene and its question."""
     from llava_lens.errors import LensError
-    from llava_lens.tiny import EXAMPLE_QUESTION, EXAMPLE_SCENE
 
     if image is None:
-        return str(EXAMPLE_SCENE), EXAMPLE_QUESTION
+        from llava_lens.tiny import CHECKPOINT
+
+        example = CHECKPOINT.with_name("example.png")
+        facts = json.loads(example.with_suffix(".json").read_text(encoding="utf-8"))
+        return str(example), facts["question"]
     if question is None:
         raise LensError(f"no question about {image!r}: llava-lens explain IMAGE QUESTION")
     return image, question

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SIGNED, UNSIGNED = "RdBu_r", "viridis"
 """Colour maps for scores with a sign (centred on zero) and without; both are safe for colour-blind readers."""
-OVER = 0.68
+OVER = 0.75
 """Opacity of a map over the grey picture."""
 LARGEST = 1200
 """Pictures are drawn with at most this many pixels along a side."""
@@ -96,8 +96,8 @@ def explanation_figure(explanation: Explanation, image: Any) -> Figure:
     """
     e, roles = explanation, explanation.roles
     width, height = _panel(roles, 0)
-    figure = new_figure(3 * width + 1.0, height + 4.6)
-    grid = figure.add_gridspec(2, 3, height_ratios=(height + 0.7, 3.0))
+    figure = new_figure(3 * width + 1.0, height + 4.9)
+    grid = figure.add_gridspec(2, 3, height_ratios=(height + 0.7, 3.3))
     scene, attention, increase = (figure.add_subplot(grid[0, i]) for i in range(3))
     picture = _picture(image, roles, 0)
     _draw_picture(scene, np.asarray(picture), roles, 0)
@@ -109,7 +109,7 @@ def explanation_figure(explanation: Explanation, image: Any) -> Figure:
     overlay(patches, picture, roles, ax=increase, title=f"log-probability increase of “{_plain(e.answer)}”")
     heads = figure.add_subplot(grid[1, 0])
     marked = [entry.place for entry in e.top_heads]
-    heads_map(e.heads, ax=heads, marked=marked, title="increase by head (dots: those in the map)")
+    heads_map(e.heads, ax=heads, marked=marked, title="increase by head (dots: the highest)")
     text = figure.add_subplot(grid[1, 1:])
     text.set_axis_off()
     facts = _wrapped(e.findings(), int(2 * width * 12.5))
@@ -133,7 +133,7 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
     return out.getvalue()
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float | int, height: float | int) -> Figure:
     """An empty figure of this size in inches that belongs to no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -165,7 +165,7 @@ def _extent(roles: Roles, index: int) -> tuple[float, float, float, float]:
     """The box that shows the whole picture and every patch, padding included."""
     width, height = roles.image_size(index)
     left, top, right, bottom = roles.region(index)
-    return min(left, 0), min(top, 0), max(right, width), max(bottom, height)
+    return min(left, 0.0), min(top, 0.0), max(right, float(width)), max(bottom, float(height))
 
 
 def _picture(image: Any, roles: Roles, index: int) -> Image.Image:
@@ -176,9 +176,9 @@ def _picture(image: Any, roles: Roles, index: int) -> Image.Image:
 
 
 def _grey(picture: Image.Image) -> np.ndarray:
-    """The picture in light greys, so that a map's colours keep their meaning over it."""
+    """The picture as a faint relief in near white, so that a map's colours mean the same all over it."""
     grey = np.asarray(_fitting(picture), np.float32).max(-1) / 255  # the largest channel: colours stand out of greys
-    return np.repeat((0.35 + 0.65 * grey)[..., None], 3, -1)
+    return np.repeat((0.72 + 0.28 * grey)[..., None], 3, -1)
 
 
 def _fitting(picture: Image.Image) -> Image.Image:

@@ -76,9 +76,10 @@ def log_prob_increase(
     ("head", "position"): `[layer, head, position]`; by "position": `[position]`, summed over all heads or the given
     `heads`, pairs (layer, head).
 
-    The `top_k` cells with the highest linear form are exact, all with `exact`; the rest is the linear form, an upper
-    bound of the increase. `method` says how many are exact and how many of the highest are certain to be the highest.
-    `closure` is how far the telescoping sum, or heads plus bias against the attention's output, misses.
+    The `top_k` cells with the largest linear form (in absolute value) are exact, all with `exact`; the rest is the
+    linear form, an upper bound that is the tighter the smaller it is. `method` says how many are exact, and how many of
+    the highest are certain to be the highest. `closure` is how far the telescoping sum, or heads plus bias against the
+    attention's output, misses.
 
     `answer` is a token id or a string that is one token, by default the model's own choice. `position` is the query,
     -1 the last that is not padding. Of a batch all rows are scored, with an axis `batch`, or one `row`.
@@ -307,12 +308,12 @@ def by_layer(query: Query) -> Scores:
 
 
 def by_cell(query: Query, by: By, heads: Tensor | None, top_k: int | None) -> Scores:
-    """Heads, or heads × positions: all by the linear form, then the `top_k` highest (None: all) exactly."""
+    """Heads, or heads × positions: all by the linear form, then the `top_k` largest (None: all) exactly."""
     linear, closure = screen(query, by)
     candidates = linear.new_ones(linear.shape, dtype=torch.bool)
     if heads is not None:
         candidates &= heads[..., None].to(linear.device)
-    chosen = highest(linear, candidates, top_k)
+    chosen = largest(linear, candidates, top_k)
     values = torch.where(candidates, linear, 0.0)
     for layer in range(query.n_layers):
         cells = chosen[layer].nonzero(as_tuple=True)
@@ -341,13 +342,13 @@ def screen(query: Query, by: By) -> tuple[Float[Tensor, "layer head source"], fl
     return torch.stack(layers), max(misses)
 
 
-def highest(linear: Tensor, candidates: Tensor, top_k: int | None) -> Bool[Tensor, "layer head source"]:
-    """The cells with the highest linear form; all candidates for None."""
+def largest(linear: Tensor, candidates: Tensor, top_k: int | None) -> Bool[Tensor, "layer head source"]:
+    """The cells whose linear form is the largest in absolute value; all candidates for None."""
     if top_k is None or top_k >= int(candidates.sum()):
         return candidates
     if top_k < 0:
         raise LensError(f"top_k={top_k}; expected 0 or more")
-    order = torch.where(candidates, linear, -torch.inf).flatten().topk(top_k).indices
+    order = torch.where(candidates, linear.abs(), -1.0).flatten().topk(top_k).indices
     return torch.zeros_like(candidates).flatten().index_fill(0, order, True).reshape(candidates.shape)
 
 

@@ -18,19 +18,20 @@ from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
 from llava_lens.roles import Roles
 
-TOP_HEADS = 10
-"""How many heads the map sums over unless told otherwise."""
-RUNNERS_UP = 4
+TOP_CELLS = 4096
+"""How many head × position cells of the map are computed exactly unless told otherwise."""
+LISTED = 5
+"""How many heads and patches are listed."""
 
 
 @dataclass(frozen=True)
 class Explanation:
     """One answer and where it came from; scores are log-probability increases of `answer`, in nats.
 
-    `layers` `[layer, part]` and `heads` `[layer, head]` are exact. `positions` `[position]` is summed over `top_heads`,
-    each cell exact; `attention` `[position]` is the mean over all heads. `text` is what the model says when it goes on
-    greedily, of which `answer` is the first token unless another was asked for; `likeliest` are its most probable
-    first tokens.
+    `layers` `[layer, part]` and `heads` `[layer, head]` are exact. `positions` `[position]` is the sum over all heads;
+    `how` says how many of its cells are exact. `attention` `[position]` is the mean over all heads. `text` is what the
+    model says when it goes on greedily, of which `answer` is the first token unless another was asked for; `likeliest`
+    are its most probable first tokens.
     """
 
     model: str
@@ -42,7 +43,6 @@ class Explanation:
     likeliest: tuple[tuple[str, float], ...]
     layers: Scores
     heads: Scores
-    top_heads: tuple[Entry, ...]
     positions: Scores
     attention: Scores
     roles: Roles
@@ -52,8 +52,13 @@ class Explanation:
         """How far the layers' increases miss `log p(answer)` when they are added up, in nats."""
         return self.layers.closure or 0.0
 
+    @property
+    def top_heads(self) -> list[Entry]:
+        """The heads with the highest increase."""
+        return self.heads.top(LISTED)
+
     def patches(self, image: int = 0) -> Scores:
-        """The map `[row, col]`: what each patch adds to the answer through `top_heads`."""
+        """The map `[row, col]`: what each patch adds to the answer through all heads."""
         return self.positions.over_image(image)
 
     def patch_attention(self, image: int = 0) -> Scores:
@@ -63,11 +68,13 @@ class Explanation:
     @property
     def how(self) -> str:
         """One sentence on how the map was made."""
-        cells = self.positions.method
-        return (
-            f"{len(self.top_heads)} of {self.heads.values.numel()} heads, those with the highest increase, summed; "
-            f"{cells['exact']} of {cells['of']} head × position cells exact"
+        exact, of = self.positions.method["exact"], self.positions.method["of"]
+        cells = (
+            f"all {of} head × position cells exact"
+            if exact == of
+            else (f"the {exact} largest of {of} head × position cells exact, the rest by its linear bound")
         )
+        return f"sum over all {self.heads.values.numel()} heads; {cells}"
 
     def summary(self) -> str:
         """The whole finding as a few lines of text."""
@@ -90,13 +97,13 @@ class Explanation:
         return lines
 
     def _heads_lines(self) -> list[str]:
-        rows = [f"  {head_name(entry):<8}{entry.value:+9.4f}" for entry in self.top_heads[:5]]
+        rows = [f"  {head_name(entry):<8}{entry.value:+9.4f}" for entry in self.top_heads]
         return [f"Heads that raise log p({self.answer!r}) most, in nats", *rows]
 
     def _patch_lines(self) -> list[str]:
         patches, attention = self.patches(), self.patch_attention()
         rows = []
-        for entry in patches.top(5):
+        for entry in patches.top(LISTED):
             left, top, right, bottom = (round(edge) for edge in self.roles.box_of_patch(*entry.place))
             where = f"row {entry.place[0]:>2}, column {entry.place[1]:>2}"
             rows.append(f"  {where}{entry.value:+9.4f}   pixels x {left}–{right}, y {top}–{bottom}")
@@ -126,7 +133,7 @@ class Explanation:
             "top_heads": [{"layer": e.place[0], "head": e.place[1], "increase": e.value} for e in self.top_heads],
             "patches": _bare(self.patches()),
             "patch_attention": _bare(self.patch_attention()),
-            "patches_in_picture": {"size": self.roles.image_size(), "region": self.roles.region()},
+            "picture": {"size": list(self.roles.image_size()), "patches_cover": list(self.roles.region())},
             "layers": _bare(self.layers),
             "heads": _bare(self.heads),
             "positions": _bare(self.positions),
@@ -157,27 +164,23 @@ def head_name(entry: Entry) -> str:
 
 @torch.no_grad()
 def explain(
-    model: Any, inputs: Inputs, answer: Answer = None, *, top_k: int = TOP_HEADS, max_new_tokens: int = 16
+    model: Any, inputs: Inputs, answer: Answer = None, *, top_k: int = TOP_CELLS, max_new_tokens: int = 16
 ) -> Explanation:
     """Answer a question about a picture and say which heads and patches produced the answer's next token.
 
-    All heads are scored, and at the `top_k` with the highest log-probability increase every position (arXiv
-    2411.10950, which takes the single top head). `answer` is the token to explain, an id or a string that is one
-    token, by default the model's own choice. `inputs` come from `model.prepare`, one row with one picture or more;
-    a given start of the answer moves what is explained to the token after it.
+    All heads are scored by log-probability increase, and the map over the patches sums them (arXiv 2411.10950 draws the
+    single top head); the `top_k` largest head × position cells are computed exactly. `answer` is the token to explain,
+    an id or a string that is one token, by default the model's own choice. `inputs` come from `model.prepare`, one row
+    with one picture or more; a given start of the answer moves what is explained to the token after it.
 
     Raises `LensError` for several rows, no picture, a string of several tokens.
     """
     roles = _one_row(inputs)
-    if top_k < 1:
-        raise LensError(f"top_k={top_k}; expected at least one head")
     logits, cache = model.run_with_cache(inputs, names_filter=names_for(model, "layer", "head", "position"))
     heads = log_prob_increase(cache, answer, by="head", exact=True)
     token = int(heads.method["answer_id"])
-    top = tuple(heads.top(top_k))
-    chosen = [(entry.place[0], entry.place[1]) for entry in top]
     probs: Float[Tensor, " d_vocab"] = logits[0, roles.last].double().softmax(-1)
-    best = probs.topk(min(RUNNERS_UP, len(probs)))
+    best = probs.topk(min(LISTED, len(probs)))
     return Explanation(
         model=model.cfg.model_name,
         question=_question(roles),
@@ -188,8 +191,7 @@ def explain(
         likeliest=tuple((model.token_string(int(i)), float(p)) for p, i in zip(best.values, best.indices, strict=True)),
         layers=log_prob_increase(cache, token, by="layer"),
         heads=heads,
-        top_heads=top,
-        positions=log_prob_increase(cache, token, by="position", heads=chosen, exact=True),
+        positions=log_prob_increase(cache, token, by="position", top_k=top_k),
         attention=mean_attention(cache),
         roles=roles,
     )

@@ -65,9 +65,7 @@ class Readout:
         return torch.cat([shift(self.logits(part), log_p, token) for part in y.split(rows)])
 
 
-def shift(
-    delta: Float[Tensor, "rows d_vocab"], log_p: Float[Tensor, " d_vocab"], token: int
-) -> Float[Tensor, " rows"]:
+def shift(delta: Float[Tensor, "rows d_vocab"], log_p: Float[Tensor, " d_vocab"], token: int) -> Float[Tensor, " rows"]:
     """What logits moved by `delta` do to one token's log-probability: `δ_w − log Σ_v p_v exp(δ_v)`."""
     near = torch.log1p((torch.expm1(delta.clamp(-1, 1)) * log_p.exp()).sum(-1))
     far = torch.logsumexp(log_p + delta, -1)
