@@ -38,7 +38,7 @@ def test_scenes_vary():
 @pytest.mark.parametrize("seed", SEEDS)
 def test_masks_are_disjoint_and_show_the_drawn_colour(seed: int):
     scene = render_scene(seed)
-    assert sum(thing.mask.astype(int) for thing in scene.objects).max() == 1
+    assert np.sum([thing.mask for thing in scene.objects], axis=0).max() == 1
     for thing in scene.objects:
         assert (pixels(scene)[thing.coverage == 1] == thing.rgb).all()
         nearest = min(COLORS, key=lambda name: np.abs(np.subtract(COLORS[name], thing.rgb)).sum())
@@ -49,7 +49,7 @@ def test_masks_are_disjoint_and_show_the_drawn_colour(seed: int):
 def test_the_masks_hold_everything_that_is_drawn(seed: int):
     scene = render_scene(seed)
     bare = pixels(Scene((), scene.ground))
-    drawn = sum(thing.coverage for thing in scene.objects) > 0
+    drawn = np.sum([thing.coverage for thing in scene.objects], axis=0) > 0
     assert (pixels(scene)[~drawn] == bare[~drawn]).all()
     changed = (pixels(scene) != bare).any(-1)
     inside = np.logical_or.reduce([thing.coverage == 1 for thing in scene.objects])

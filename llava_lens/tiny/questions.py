@@ -97,9 +97,7 @@ def _counts(facts: Sequence[Fact]) -> list[Question]:
     for shape in _present_and_one_absent(shapes, SHAPES):
         asked.append((PLURALS[shape], tuple(i for i, s in enumerate(shapes) if s == shape)))
     return [
-        Question(
-            "count", f"How many {what} are there?", NUMBERS[len(about)], f"The number of {what} is", about or None
-        )
+        Question("count", f"How many {what} are there?", NUMBERS[len(about)], f"The number of {what} is", about or None)
         for what, about in asked
     ]
 

@@ -123,9 +123,7 @@ class Scene:
 
     def find(self, *, shape: str | None = None, color: str | None = None) -> tuple[int, ...]:
         """Indices of the objects of that shape and colour."""
-        return tuple(
-            i for i, o in enumerate(self.objects) if shape in (None, o.shape) and color in (None, o.color)
-        )
+        return tuple(i for i, o in enumerate(self.objects) if shape in (None, o.shape) and color in (None, o.color))
 
     def recolored(self, i: int, color: str) -> Scene:
         """The scene with object `i` in another colour."""
@@ -159,7 +157,11 @@ class Scene:
 
 
 def render_scene(
-    seed: int, n_objects: int | None = None, *, distinct: bool = False, shapes: Sequence[str] = SHAPES,
+    seed: int,
+    n_objects: int | None = None,
+    *,
+    distinct: bool = False,
+    shapes: Sequence[str] = SHAPES,
     colors: Sequence[str] = tuple(COLORS),
 ) -> Scene:
     """The scene of a seed: the same on every machine.
