@@ -210,6 +210,8 @@ def test_settings_from_any_generation_of_files_give_the_same_processor() -> None
     new = {**SETTINGS["shortest edge, cropped"].to_dict(), "image_processor_type": "CLIPImageProcessorFast"}
     maps = {ImageProcessor(settings, SIDE, PATCH).map(50, 31) for settings in (old, new)}
     assert maps == {processor("shortest edge, cropped").map(50, 31)}
+    llava = {**SETTINGS["padded to a square"].to_dict(), "image_processor_type": "LlavaImageProcessorFast"}
+    assert ImageProcessor(llava, SIDE, PATCH).map(50, 31) == processor("padded to a square").map(50, 31)
     with pytest.raises(LensError, match="type 'SiglipImageProcessor'; expected CLIP"):
         pil_processor({"image_processor_type": "SiglipImageProcessor"})
     with pytest.raises(LensError, match="makes pictures of 24×24; expected 30×30"):
@@ -326,6 +328,7 @@ def test_every_form_of_one_picture_is_the_same_picture(tmp_path: Path) -> None:
     ]
     for form in forms:
         assert np.array_equal(np.asarray(load_image(form)), NOISE)
+    assert np.asarray(load_image(np.full((2, 2), 0.999)))[0, 0] == 255
     grey = NOISE[..., 0]
     assert all(np.array_equal(np.asarray(load_image(form)), grey) for form in (grey, grey[..., None], grey[None]))
 

@@ -279,6 +279,15 @@ def test_placeholders_in_the_question_stay_where_they_are(kind: str, template: s
     assert set(between) == {"question"} and len(between) >= 1
 
 
+@EVERY_TOKENIZER
+def test_blanks_and_placeholders_around_a_question_are_not_part_of_it(kind: str) -> None:
+    hf, cfg = setup(kind)
+    plain = prepare(hf, cfg, GOOD, picture()).roles_of()
+    assert prepare(hf, cfg, f"<image>\n{GOOD}", picture()).roles_of() == plain
+    hf, cfg = setup(kind, "strings alone")
+    assert prepare(hf, cfg, f" {GOOD}\n").roles_of() == prepare(hf, cfg, GOOD).roles_of()
+
+
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_every_patch_has_its_position_and_back(full: bool, side: str) -> None:
@@ -413,6 +422,8 @@ def test_ready_made_tokens_get_the_roles_that_can_be_known() -> None:
     assert ours.positions("text", row=1).tolist() == [0, 11, 22] and ours.positions_of("red", row=0).tolist() == [12]
     assert ours.roles_of(1).patch_of(2) == (0, 0, 0) and ours.roles_of(1).token_of(2, 2, image=1) == 21
     assert torch.equal(ours.row(0).tokens, hf(text="red <image>", images=picture(), return_tensors="pt")["input_ids"])
+    words = hf(text="the circle is", return_tensors="pt")["input_ids"]
+    assert Inputs.from_tokens(words, cfg, tokenizer=hf.tokenizer).positions_of("circle").tolist() == [2]
     single = Inputs.from_tokens(torch.tensor([2, 6, 7]), cfg)
     assert single.tokens.shape == (1, 3) and single.positions("last").tolist() == [2]
     with pytest.raises(LensError, match=r"make the inputs with model.prepare"):
