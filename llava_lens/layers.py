@@ -1,6 +1,6 @@
-"""The parts that both towers are built from: norms, rotary positions, attention, MLPs and the pre-norm block.
+"""The parts that both towers are built from: rotary positions, attention, MLPs and the pre-norm block.
 
-Unusual: values that a fast forward never forms (scores, pattern, per-head result, norm scale) are computed only when
+Unusual: values that a fast forward never forms (scores, pattern, per-head result) are computed only when
 somebody listens, and are spliced back into the forward only where a listener changed them.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from llava_lens import kernels
 from llava_lens.config import ACTIVATIONS, DecoderConfig, TowerConfig
 from llava_lens.hooks import Hook, splice
+from llava_lens.norms import Stream
 
-Stream = Float[Tensor, "batch pos d_model"]
 Heads = Float[Tensor, "batch pos head d_head"]
 
 
@@ -34,67 +33,6 @@ class Angles(NamedTuple):
 
     cos: Tensor
     sin: Tensor
-
-
-class RMSNorm(nn.Module):
-    """`weight ∘ x / rms(x)`; `hook_normalized` sits before the gain, `hook_scale` is the root mean square."""
-
-    def __init__(self, cfg: TowerConfig):
-        super().__init__()
-        self.eps = cfg.eps
-        self.weight = nn.Parameter(torch.ones(cfg.d_model))
-        self.hook_scale = Hook("batch pos 1")
-        self.hook_normalized = Hook("batch pos d_model")
-
-    @property
-    def w(self) -> Float[Tensor, " d_model"]:
-        return self.weight
-
-    @property
-    def b(self) -> Float[Tensor, " d_model"]:
-        return torch.zeros_like(self.weight)
-
-    def forward(self, x: Stream) -> Stream:
-        normalized, mean_square = kernels.rms_norm_parts(x, self.eps)
-        if self.hook_scale.live:
-            scale = mean_square.sqrt()
-            seen, touched = self.hook_scale.look(scale)
-            if touched:
-                normalized = splice(normalized, kernels.upcast(x) / seen, scale, seen)
-        return self.weight * self.hook_normalized(normalized.to(x.dtype))
-
-
-class LayerNorm(nn.Module):
-    """`weight ∘ (x - mean) / std + bias`; `hook_normalized` sits before gain and bias, `hook_scale` is the std."""
-
-    def __init__(self, cfg: TowerConfig):
-        super().__init__()
-        self.eps = cfg.eps
-        self.weight = nn.Parameter(torch.ones(cfg.d_model))
-        self.bias = nn.Parameter(torch.zeros(cfg.d_model))
-        self.hook_scale = Hook("batch pos 1")
-        self.hook_normalized = Hook("batch pos d_model")
-
-    @property
-    def w(self) -> Float[Tensor, " d_model"]:
-        return self.weight
-
-    @property
-    def b(self) -> Float[Tensor, " d_model"]:
-        return self.bias
-
-    def forward(self, x: Stream) -> Stream:
-        out = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        if not (self.hook_scale.live or self.hook_normalized.live):
-            return out
-        centered, scale = kernels.layer_norm_parts(x, self.eps)
-        before = (centered / scale).to(x.dtype)
-        seen, touched_scale = self.hook_scale.look(scale)
-        after = (centered / seen).to(x.dtype) if touched_scale else before
-        after, touched = self.hook_normalized.look(after)
-        if not (touched or touched_scale):
-            return out
-        return splice(out, after * self.weight + self.bias, before, after)
 
 
 class Rotary(nn.Module):

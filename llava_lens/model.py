@@ -22,7 +22,8 @@ from llava_lens.generate import generate as continue_prompt
 from llava_lens.hooked import HookedModel
 from llava_lens.hooks import Hook
 from llava_lens.inputs import Inputs, Processor, prepare
-from llava_lens.layers import Block, GatedMLP, KVCache, Mask, RMSNorm, Rotary
+from llava_lens.layers import Block, GatedMLP, KVCache, Mask, Rotary
+from llava_lens.norms import RMSNorm
 from llava_lens.projector import Projector
 from llava_lens.shards import read_json
 from llava_lens.surface import TransformerLensSurface

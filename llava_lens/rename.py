@@ -118,7 +118,7 @@ def rename(key: str, table: Table = LLAVA_TABLE) -> str | None:
     """
     name = look_up(key, table)
     if name == UNKNOWN:
-        raise UnknownWeights(f"no rule names {key!r}{nearest(key, table)}")
+        raise UnknownWeights(f"no rule names {key!r}{nearest_key(key, table)}")
     return name
 
 
@@ -131,7 +131,7 @@ def look_up(key: str, table: Table) -> str | None:
     return UNKNOWN
 
 
-def nearest(key: str, table: Table) -> str:
+def nearest_key(key: str, table: Table) -> str:
     """A clause with the known key most like this one, for a message; empty when none is close."""
     layers = re.findall(r"(?<=layers\.)\d+", key)
     near = nearest(re.sub(r"(?<=layers\.)\d+", "{l}", key), _spellings(table), n=1)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from llava_lens.config import VisionConfig
 from llava_lens.hooks import Hook
-from llava_lens.layers import MLP, Block, LayerNorm, Mask, accumulated_bias
+from llava_lens.layers import MLP, Block, Mask, accumulated_bias
+from llava_lens.norms import LayerNorm
 
 
 class Vision(nn.Module):

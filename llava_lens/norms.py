@@ -1,0 +1,74 @@
+"""The two norms of the towers, with the same hooks: `hook_scale`, what the stream is divided by, and `hook_normalized`.
+
+Unusual: `hook_normalized` sits before gain and bias in both, and what the fast norm does not form is computed only when
+somebody listens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llava_lens import kernels
+from llava_lens.config import TowerConfig
+from llava_lens.hooks import Hook, splice
+
+Stream = Float[Tensor, "batch pos d_model"]
+
+
+class RMSNorm(nn.Module):
+    """`weight ∘ x / rms(x)`, Llama's; `hook_scale` is the root mean square."""
+
+    def __init__(self, cfg: TowerConfig):
+        super().__init__()
+        self.eps = cfg.eps
+        self.weight = nn.Parameter(torch.ones(cfg.d_model))
+        self.hook_scale = Hook("batch pos 1")
+        self.hook_normalized = Hook("batch pos d_model")
+
+    @property
+    def w(self) -> Float[Tensor, " d_model"]:
+        """The gain."""
+        return self.weight
+
+    @property
+    def b(self) -> Float[Tensor, " d_model"]:
+        """The bias, zeros."""
+        return torch.zeros_like(self.weight)
+
+    def forward(self, x: Stream) -> Stream:
+        normalized, mean_square = kernels.rms_norm_parts(x, self.eps)
+        if self.hook_scale.live:
+            scale = mean_square.sqrt()
+            seen, touched = self.hook_scale.look(scale)
+            if touched:
+                normalized = splice(normalized, kernels.upcast(x) / seen, scale, seen)
+        return self.weight * self.hook_normalized(normalized.to(x.dtype))
+
+
+class LayerNorm(RMSNorm):
+    """`weight ∘ (x - mean) / std + bias`, CLIP's; `hook_scale` is the standard deviation."""
+
+    def __init__(self, cfg: TowerConfig):
+        super().__init__(cfg)
+        self.bias = nn.Parameter(torch.zeros(cfg.d_model))
+
+    @property
+    def b(self) -> Float[Tensor, " d_model"]:
+        """The bias."""
+        return self.bias
+
+    def forward(self, x: Stream) -> Stream:
+        out = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        if not (self.hook_scale.live or self.hook_normalized.live):
+            return out
+        centered, scale = kernels.layer_norm_parts(x, self.eps)
+        before = (centered / scale).to(x.dtype)
+        seen, touched_scale = self.hook_scale.look(scale)
+        after = (centered / seen).to(x.dtype) if touched_scale else before
+        after, touched = self.hook_normalized.look(after)
+        if not (touched or touched_scale):
+            return out
+        return splice(out, after * self.weight + self.bias, before, after)
