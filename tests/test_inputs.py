@@ -337,7 +337,7 @@ def test_words_are_found_in_question_and_answer_only(kind: str) -> None:
         assert {roles.labels[i] for i in positions.tolist()} <= {"question", "answer"}
     with pytest.raises(LensError, match=r"no word 'circel' in the question or the given answer; nearest: 'circle'"):
         inputs.positions_of("circel")
-    for absent in ("assistant", "circ", "", "image"):
+    for absent in ("assistant", "circ", "any", "user? assistant", "", "image"):
         with pytest.raises(LensError, match="no word"):
             inputs.positions_of(absent)
 
