@@ -25,7 +25,7 @@ from llava_lens.rename import (
     UnknownWeights,
     Unused,
     look_up,
-    nearest,
+    nearest_key,
     published,
     rename,
 )
@@ -139,7 +139,7 @@ def _match(model: nn.Module, wanted: Mapping[str, Tensor], entries: Iterable[Ent
 
 def _why_unknown(key: str, table: Table) -> str:
     name = look_up(key, table)
-    return f"{key!r}{nearest(key, table)}" if name == UNKNOWN else f"{key!r} (the model has no {name})"
+    return f"{key!r}{nearest_key(key, table)}" if name == UNKNOWN else f"{key!r} (the model has no {name})"
 
 
 def _check(name: str, entry: Entry, wanted: Tensor) -> None:

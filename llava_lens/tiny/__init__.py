@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from .questions import Question, questions
-from .scenes import Scene, SceneObject, render_scene
-from .vocabulary import COLORS, SHAPES
+from llava_lens.tiny.questions import Question, questions
+from llava_lens.tiny.scenes import Scene, SceneObject, render_scene
+from llava_lens.tiny.vocabulary import COLORS, SHAPES
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 BEFORE_TUNING = Path(__file__).parent / "before_tuning"

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from .layout import BOS, EOS, IMAGE, IMAGE_SIZE, PAD, PATCH, build_tokenizer
-from .questions import Question, Said, questions, sentence
-from .vocabulary import COLORS, PLACES, SHAPES, words
+from llava_lens.tiny.layout import BOS, EOS, IMAGE, IMAGE_SIZE, PAD, PATCH, build_tokenizer
+from llava_lens.tiny.questions import Question, Said, questions, sentence
+from llava_lens.tiny.vocabulary import COLORS, PLACES, SHAPES, words
 
 N_IMAGE_TOKENS = (IMAGE_SIZE // PATCH) ** 2
 IGNORE = -100

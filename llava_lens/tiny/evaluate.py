@@ -21,11 +21,11 @@ import torch
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from . import CHECKPOINT
-from .corpus import pick
-from .layout import Published
-from .questions import KINDS, Question, questions
-from .scenes import Scene, render_scene
+from llava_lens.tiny import CHECKPOINT
+from llava_lens.tiny.corpus import pick
+from llava_lens.tiny.layout import Published
+from llava_lens.tiny.questions import KINDS, Question, questions
+from llava_lens.tiny.scenes import Scene, render_scene
 
 HELD_OUT = 1_000_000  # the first held-out seed; training takes seeds from 0
 MODES = ("image", "text")

@@ -22,13 +22,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from . import CHECKPOINT
-from .evaluate import HELD_OUT, prompt, wilson
-from .layout import IMAGE, Published
-from .pictures import patches_of
-from .questions import Question, questions
-from .scenes import Scene, render_scene
-from .vocabulary import COLORS
+from llava_lens.tiny import CHECKPOINT
+from llava_lens.tiny.evaluate import HELD_OUT, prompt, wilson
+from llava_lens.tiny.layout import IMAGE, Published
+from llava_lens.tiny.pictures import patches_of
+from llava_lens.tiny.questions import Question, questions
+from llava_lens.tiny.scenes import Scene, render_scene
+from llava_lens.tiny.vocabulary import COLORS
 
 
 class Gaze:

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .vocabulary import words
+from llava_lens.tiny.vocabulary import words
 
 CANVAS, IMAGE_SIZE, PATCH = 256, 64, 8
 FEATURE_LAYER = -2

@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from .layout import IMAGE_SIZE, PATCH
-from .questions import Said
-from .scenes import CANVAS, Scene, render_scene
-from .vocabulary import COLORS, PLACES, SHAPES
+from llava_lens.tiny.layout import IMAGE_SIZE, PATCH
+from llava_lens.tiny.questions import Said
+from llava_lens.tiny.scenes import CANVAS, Scene, render_scene
+from llava_lens.tiny.vocabulary import COLORS, PLACES, SHAPES
 
 GRID = IMAGE_SIZE // PATCH
 MEAN, STD = 0.5, 0.25

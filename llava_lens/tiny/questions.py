@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from .vocabulary import COLORS, NO, NUMBERS, PLURALS, SHAPES, YES
+from llava_lens.tiny.vocabulary import COLORS, NO, NUMBERS, PLURALS, SHAPES, YES
 
 KINDS = ("color", "shape", "count", "where", "exists")
 

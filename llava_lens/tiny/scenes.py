@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw
 
-from .questions import sentence
-from .vocabulary import COLORS, PLACES, SHAPES
+from llava_lens.tiny.questions import sentence
+from llava_lens.tiny.vocabulary import COLORS, PLACES, SHAPES
 
 CANVAS = 256
 RADIUS = (36.0, 52.0)  # of the circle around an object; 2 to 3 patches of 32 pixels across

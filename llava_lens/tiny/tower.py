@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .layout import FEATURE_LAYER
-from .pictures import Pictures
-from .vocabulary import COLORS, SHAPES
+from llava_lens.tiny.layout import FEATURE_LAYER
+from llava_lens.tiny.pictures import Pictures
+from llava_lens.tiny.vocabulary import COLORS, SHAPES
 
 # The features that are read later carry most of the loss; the last layer a little, so that it is not left random.
 LAYERS = {FEATURE_LAYER: 1.0, -1: 0.2}

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration
 
-from . import corpus
-from .layout import (
+from llava_lens.tiny import corpus
+from llava_lens.tiny.layout import (
     FEATURE_LAYER,
     IMAGE,
     Published,
@@ -35,8 +35,8 @@ from .layout import (
     text_config,
     vision_config,
 )
-from .pictures import Pictures, normalised, training_pictures
-from .tower import PatchHeads
+from llava_lens.tiny.pictures import Pictures, normalised, training_pictures
+from llava_lens.tiny.tower import PatchHeads
 
 STAGES = ("text", "tower", "projector", "tuning")
 SAVE_EVERY = 250  # steps
