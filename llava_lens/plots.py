@@ -62,7 +62,9 @@ def overlay(
     drawn = ax.imshow(values, extent=(left, right, bottom, top), alpha=OVER, interpolation="nearest", **colours)
     _frame(ax, roles, index)
     _outline(ax, roles, grid, index)
-    bar = figure.colorbar(drawn, ax=ax, location="bottom", shrink=0.9, pad=0.02, aspect=30, label=grid.unit or " ")
+    bar = figure.colorbar(
+        drawn, ax=ax, location="bottom", panchor=(0.5, 1.0), shrink=0.9, pad=0.02, aspect=30, label=grid.unit or " "
+    )
     bar.locator = MaxNLocator(5)
     bar.update_ticks()
     ax.set_title(title, fontsize=10)

@@ -22,5 +22,5 @@ def write_checkpoint(folder: Path, **text: Any) -> Path:
     shake(model)
     model.generation_config = tiny.generation_config()
     model.save_pretrained(folder)
-    tiny.save_processor(folder)
+    tiny.build_processor().save_pretrained(folder)
     return folder

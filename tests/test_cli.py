@@ -21,7 +21,7 @@ from random_checkpoint import write_checkpoint
 from llava_lens import cli
 from llava_lens.analysis.files import write_together
 from llava_lens.errors import LensError
-from llava_lens.tiny import render_scene
+from llava_lens.tiny import CHECKPOINT, render_scene
 
 QUESTION = "What is the color of the circle?"
 
@@ -54,7 +54,8 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, checkpoint: Path) ->
             code = cli.main(["explain", *map(str, arguments), "--out", str(out), *chosen])
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
-        return Ran(code, *capsys.readouterr(), out)
+        said = capsys.readouterr()
+        return Ran(code, said.out, said.err, out)
 
     yield ran
 
@@ -73,7 +74,16 @@ def test_it_answers_says_why_and_writes_both_files(run: Any, picture: Path, tmp_
     assert f"Explained '{facts['answer']}', probability" in ran.out and "explanation.png" in ran.out
     drawn = Image.open(tmp_path / "out" / "explanation.png")
     colours = drawn.convert("RGB").getcolors(drawn.width * drawn.height)
-    assert drawn.width > 800 and drawn.height > 500 and len(colours) > 1000
+    assert drawn.width > 800 and drawn.height > 500 and colours and len(colours) > 1000
+
+
+def test_without_arguments_the_embedded_model_explains_the_bundled_scene(capsys: Any, tmp_path: Path) -> None:
+    bundled = json.loads(CHECKPOINT.with_name("example.json").read_text())
+    assert cli.main(["explain", "--out", str(tmp_path)]) == 0
+    facts = json.loads((tmp_path / "explanation.json").read_text())
+    assert (facts["question"], facts["answer"]) == (bundled["question"], bundled["answer"])
+    assert facts["probability"] > 0.9 and f"Answer    {bundled['answer']}\n" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["explanation.json", "explanation.png"]
 
 
 def test_a_given_answer_a_stem_and_no_picture(run: Any, picture: Path, tmp_path: Path) -> None:

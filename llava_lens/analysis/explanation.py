@@ -1,4 +1,9 @@
-"""The main question about one picture: what is the answer, and which heads and patches produced it?"""
+"""The main question about one picture: what is the answer, and which heads and patches produced it?
+
+Unusual: the map sums all heads instead of drawing the single top one. On the embedded model's colour questions (242
+held-out scenes) the strongest patch then lies on the asked object in 99.2 % (Wilson 95 %: 97.0–99.8 %); summed over the
+10, 5 and 1 heads with the highest increase in 98.3, 95.5 and 88.0 %, by mean attention in 82.2 %, by chance in 14.0 %.
+"""
 
 from __future__ import annotations
 
@@ -69,12 +74,9 @@ class Explanation:
     def how(self) -> str:
         """One sentence on how the map was made."""
         exact, of = self.positions.method["exact"], self.positions.method["of"]
-        cells = (
-            f"all {of} head × position cells exact"
-            if exact == of
-            else (f"the {exact} largest of {of} head × position cells exact, the rest by its linear bound")
-        )
-        return f"sum over all {self.heads.values.numel()} heads; {cells}"
+        cells = f"all {of}" if exact == of else f"the {exact} largest of {of}"
+        rest = "" if exact == of else ", the rest by its linear bound"
+        return f"sum over all {self.heads.values.numel()} heads; {cells} head × position cells exact{rest}"
 
     def summary(self) -> str:
         """The whole finding as a few lines of text."""
