@@ -172,6 +172,11 @@ class DecoderConfig(TowerConfig):
         )
         return cls(**{**fields, **changes})
 
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that a text may take; None where the rotary scaling stretches with the text."""
+        return None if self.rope.get("rope_type") == "dynamic" else self.n_ctx
+
     def rope_frequencies(self, seq_len: int | None = None) -> tuple[torch.Tensor, float]:
         """Inverse frequencies `[d_head / 2]` in fp32 and the factor on cos and sin, for a sequence of `seq_len`.
 

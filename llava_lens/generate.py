@@ -220,8 +220,7 @@ def check_prompt(prompt: Inputs, max_new_tokens: int, cfg: LlavaConfig) -> None:
         rows = (mask[:, -1] == 0).nonzero()[:, 0].tolist()
         raise LensError(f"rows {rows} end in padding, where nothing can follow: pad on the left (padding_side='left')")
     longest = prompt.n_pos if mask is None else int(mask.sum(-1).max())
-    stretches = cfg.rope.get("rope_type") == "dynamic"
-    if longest + max_new_tokens > cfg.n_ctx and not stretches:
+    if cfg.max_positions is not None and longest + max_new_tokens > cfg.max_positions:
         raise LensError(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}; "
             f"the context holds {cfg.n_ctx}"

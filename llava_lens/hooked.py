@@ -29,6 +29,7 @@ class HookedModel(HookedRootModule):
     """A `HookedRootModule` whose hooks are all `Hook`s and whose `run_with_cache` returns a `LlavaCache`."""
 
     cfg: Any
+    processor: Any = None
     n_runs: int = 0
     inputs_seen: Inputs | None = None
 
@@ -123,6 +124,8 @@ class HookedModel(HookedRootModule):
             if incl_bwd:
                 record.differentiate(metric(out) if metric else out)
         inputs, self.inputs_seen = self.inputs_seen, None
+        if inputs is not None:
+            inputs = inputs.with_roles(self.cfg, None if self.processor is None else self.processor.tokenizer)
         cache = LlavaCache(record.stored, self, inputs=inputs, asked=frozenset(asked))
         if remove_batch_dim:
             cache.remove_batch_dim()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llava_lens.config import LlavaConfig
@@ -99,6 +99,14 @@ class Inputs(Mapping[str, Any]):
         """The tensors alone, for a model of transformers."""
         return {key: self[key] for key in self if key != "roles"}
 
+    def with_roles(self, cfg: LlavaConfig, tokenizer: Any = None) -> Inputs:
+        """Itself, with the roles that the tokens alone tell where none were given (`Inputs.from_tokens`)."""
+        if self.roles is not None:
+            return self
+        mask = torch.ones_like(self.tokens) if self.attention_mask is None else self.attention_mask
+        rows = zip(self.tokens.tolist(), mask.tolist(), strict=True)
+        return replace(self, roles=tuple(_roles_of_tokens(ids, seen, cfg, tokenizer) for ids, seen in rows))
+
     def to(self, target: torch.device | torch.dtype | str) -> Inputs:
         """All tensors on another device, or the pixel values in another dtype."""
         if isinstance(target, torch.dtype):
@@ -144,13 +152,7 @@ class Inputs(Mapping[str, Any]):
     def check(self, cfg: LlavaConfig) -> Inputs:
         """Itself, if a model of this config can take it. Raises `LensError` with what was given and expected."""
         self._check_tokens(cfg)
-        slots = int((self.tokens == cfg.image_token_id).sum()) if cfg.vision and cfg.image_token_id is not None else 0
-        n = 0 if self.pixels is None else len(self.pixels)
-        if n and cfg.vision is None:
-            raise LensError(f"{n} image{'s' * (n != 1)} for a model without a vision tower; expected none")
-        if slots != n * cfg.tokens_per_image:
-            expected = f"{n} images take {n} × {cfg.tokens_per_image} = {n * cfg.tokens_per_image}"
-            raise LensError(f"{slots} image tokens in the prompt, but {expected}")
+        self._check_slots(cfg)
         if self.pixels is not None and cfg.vision is not None:
             side = cfg.vision.image_size
             if tuple(self.pixels.shape[1:]) != (cfg.vision.n_channels, side, side):
@@ -160,9 +162,26 @@ class Inputs(Mapping[str, Any]):
                 raise LensError("pixel values that are not finite; expected numbers")
         return self
 
+    def slots(self, cfg: LlavaConfig) -> Bool[Tensor, "batch pos"]:
+        """Where pictures take the place of tokens."""
+        if cfg.vision is None or cfg.image_token_id is None:
+            return torch.zeros_like(self.tokens, dtype=torch.bool)
+        return self.tokens == cfg.image_token_id
+
+    def _check_slots(self, cfg: LlavaConfig) -> None:
+        n = 0 if self.pixels is None else len(self.pixels)
+        if n and cfg.vision is None:
+            raise LensError(f"{n} image{'s' * (n != 1)} for a model without a vision tower; expected none")
+        each, found = cfg.tokens_per_image, self.slots(cfg).sum(-1).tolist()
+        if sum(found) != n * each or any(each and row % each for row in found):
+            rows = f"; by row {', '.join(map(str, found))}" if len(found) > 1 else ""
+            hint = "; pixels are missing: pass pixel_values, or run under looking_at(inputs)" if not n else ""
+            filled = f"{n} picture(s) fill {n * each} ({each} each)"
+            raise LensError(f"{sum(found)} image tokens in the prompt, but {filled}{rows}{hint}")
+
     def _check_tokens(self, cfg: LlavaConfig) -> None:
         longest = self.n_pos if self.attention_mask is None else int(self.attention_mask.sum(-1).max())
-        if longest > cfg.n_ctx:
+        if cfg.max_positions is not None and longest > cfg.max_positions:
             images = max((r.labels.count("image") for r in self.roles or ()), default=0)
             raise LensError(
                 f"a prompt of {longest} tokens (up to {images} of them image tokens); the context holds {cfg.n_ctx}"
@@ -188,11 +207,8 @@ class Inputs(Mapping[str, Any]):
         """
         tokens = tokens[None] if tokens.ndim == 1 else tokens
         mask = attention_mask[None] if attention_mask is not None and attention_mask.ndim == 1 else attention_mask
-        Inputs(tokens, pixels, mask).check(cfg)
-        seen = torch.ones_like(tokens) if mask is None else mask
-        rows = zip(tokens.tolist(), seen.tolist(), strict=True)
-        roles = tuple(_roles_of_tokens(ids, kept, cfg, tokenizer) for ids, kept in rows)
-        return cls(tokens, pixels, None if mask is None or bool(mask.all()) else mask, roles)
+        inputs = cls(tokens, pixels, mask).check(cfg).with_roles(cfg, tokenizer)
+        return replace(inputs, attention_mask=None) if mask is not None and bool(mask.all()) else inputs
 
 
 def _roles_of_tokens(ids: list[int], mask: list[int], cfg: LlavaConfig, tokenizer: Any) -> Roles:
@@ -202,8 +218,6 @@ def _roles_of_tokens(ids: list[int], mask: list[int], cfg: LlavaConfig, tokenize
     )
     strings, text, spans = spell(tokenizer, ids) if tokenizer is not None else ((), "", ())
     slots, each = labels.count("image"), cfg.tokens_per_image
-    if slots and slots % each:
-        raise LensError(f"{slots} image tokens in one row; expected a multiple of {each}, the tokens of an image")
     return Roles(labels, strings, (_picture(cfg),) * (slots // each) if slots else (), text, spans)
 
 
@@ -279,7 +293,7 @@ def _list_of_images(entry: Any) -> list[Any]:
 
 def _refuse_long(encoded: list[Encoded], images: list[list[Any]], cfg: LlavaConfig) -> None:
     for i, (code, pictures) in enumerate(zip(encoded, images, strict=True)):
-        if len(code.ids) > cfg.n_ctx:
+        if cfg.max_positions is not None and len(code.ids) > cfg.max_positions:
             slots = len(pictures) * cfg.tokens_per_image
             raise LensError(
                 f"question {i} takes {len(code.ids)} tokens, {len(code.ids) - slots} of text and {slots} of images; "

@@ -269,12 +269,18 @@ class HookedLlava(TransformerLensSurface, HookedModel):
         return x, input_ids, self._held_mask(x) if attention_mask is None else attention_mask
 
     def embed_inputs(self, inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
-        """Tokens embedded, with the picture's features in the places of its tokens."""
-        tokens, slots = self.check_slots(inputs)
+        """Tokens embedded, with the picture's features in the places of its tokens; raises where they do not match."""
+        slots = inputs.check(self.cfg).slots(self.cfg)
+        tokens = inputs.tokens.masked_fill(slots, 0) if self.image_token_is_outside else inputs.tokens
         x = self.hook_text_embed(self.embed_tokens(tokens))
         if inputs.pixels is not None:
             x = self.splice(x, slots, self.encode_image(inputs.pixels))
         return self.hook_embed(x)
+
+    @property
+    def image_token_is_outside(self) -> bool:
+        """True where `<image>` has no row in the embedding matrix, as in the original release."""
+        return self.cfg.image_token_id is not None and self.cfg.image_token_id >= self.cfg.d_vocab
 
     def embed_tokens(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """The rows of the embedding matrix."""
@@ -361,25 +367,6 @@ class HookedLlava(TransformerLensSurface, HookedModel):
         if first > last:
             raise LensError(f"start_at_layer={start} lies behind stop_at_layer={stop}")
         return first, last
-
-    def check_slots(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Tokens safe to embed and the mask of image slots; raises when slots and pictures do not match."""
-        tokens, pixels, image_id = inputs.tokens, inputs.pixels, self.cfg.image_token_id
-        if pixels is not None and self.cfg.vision is None:
-            raise LensError(f"{len(pixels)} picture(s) given, but {self.cfg.model_name or 'this model'} has no tower")
-        slots = torch.zeros_like(tokens, dtype=torch.bool) if image_id is None else tokens == image_id
-        each = self.cfg.tokens_per_image
-        given, found = (0 if pixels is None else len(pixels)), int(slots.sum())
-        if found != given * each or (each and bool((slots.sum(1) % each).any())):
-            raise LensError(
-                f"{found} image tokens in the prompt, but {given} picture(s) fill {given * each} ({each} each)"
-                + ("; pixels are missing: pass pixel_values, or use looking_at(inputs)" if not given else "")
-            )
-        if image_id is not None and image_id >= self.cfg.d_vocab:
-            tokens = tokens.masked_fill(slots, 0)
-        if tokens.numel() and (int(tokens.max()) >= self.cfg.d_vocab or int(tokens.min()) < 0):
-            raise LensError(f"tokens {int(tokens.min())} … {int(tokens.max())}: expected 0 … {self.cfg.d_vocab - 1}")
-        return tokens, slots
 
 
 def _brief(value: Any) -> str:

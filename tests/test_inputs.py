@@ -543,8 +543,8 @@ def test_ready_made_tensors_are_held_against_the_config() -> None:
     slots, pixels = torch.tensor([[2, *[4] * 9, 6]]), torch.zeros(1, 3, SIDE, SIDE)
     assert Inputs.from_tokens(slots, cfg, pixels).n_images == 1
     refused: list[tuple[tuple[Any, ...], str]] = [
-        ((slots, cfg), "9 image tokens in the prompt, but 0 images take 0 × 9 = 0"),
-        ((slots[:, 1:-2], cfg, pixels), "8 image tokens in the prompt, but 1 images take 1 × 9 = 9"),
+        ((slots, cfg), r"9 image tokens in the prompt, but 0 picture\(s\) fill 0 \(9 each\); pixels are missing"),
+        ((slots[:, 1:-2], cfg, pixels), r"8 image tokens in the prompt, but 1 picture\(s\) fill 9 \(9 each\)"),
         ((slots, cfg, torch.zeros(1, 3, SIDE, 30)), r"shape \(1, 3, 24, 30\); expected \[image, 3, 24, 24\]"),
         ((slots, cfg, pixels / 0), "not finite"),
         ((slots + 900, cfg), r"token ids 902 … 906; expected 0 … \d+"),
@@ -555,7 +555,7 @@ def test_ready_made_tensors_are_held_against_the_config() -> None:
     for arguments, message in refused:
         with pytest.raises(LensError, match=message):
             Inputs.from_tokens(*arguments)
-    with pytest.raises(LensError, match="10 image tokens in one row; expected a multiple of 9"):
+    with pytest.raises(LensError, match=r"18 image tokens .* but 2 picture\(s\) fill 18 \(9 each\); by row 10, 8"):
         Inputs.from_tokens(torch.tensor([[2, *[4] * 10], [2, *[4] * 8, 2, 2]]), cfg, torch.zeros(2, 3, SIDE, SIDE))
 
 

@@ -208,7 +208,7 @@ def test_tokens_without_their_picture_raise(model, inputs):
         model(inputs["input_ids"], pixel_values=inputs["pixel_values"][:1])
     with pytest.raises(LensError, match=r"18 image tokens in the prompt, but 3 picture\(s\) fill 27"):
         model(inputs["input_ids"], pixel_values=torch.zeros(3, 3, 24, 24))
-    with pytest.raises(LensError, match=r"1 picture\(s\) given.*no tower"):
+    with pytest.raises(LensError, match="1 image for a model without a vision tower; expected none"):
         HookedLlava.from_hf(hf_llama())(torch.tensor([[5, 6]]), pixel_values=torch.zeros(1, 3, 24, 24))
 
 
@@ -278,3 +278,16 @@ def test_texts_run_with_their_padding(model):
     torch.testing.assert_close(together[1:], model("w6 w7", return_type="loss", loss_per_token=True))
     with pytest.raises(LensError, match="pad on the left"):
         model.generate(["w5", "w6 w7"])
+
+
+def test_a_cache_knows_the_roles_that_the_tokens_tell():
+    hf = hf_llava()
+    model, inputs = HookedLlava.from_hf(hf), example(hf, images=(1, 1), pad="left")
+    with torch.no_grad():
+        _, cache = model.run_with_cache(**inputs, names_filter="hook_embed")
+    for row, mask in enumerate(inputs["attention_mask"].bool()):
+        roles = cache.inputs.roles_of(row)
+        slots = (inputs["input_ids"][row] == hf.config.image_token_index).nonzero()[:, 0]
+        assert torch.equal(roles.positions("image"), slots) and roles.last == len(mask) - 1
+        assert torch.equal(roles.positions("padding"), (~mask).nonzero()[:, 0])
+        assert roles.patch_of(int(slots[5])) == (0, 1, 2)

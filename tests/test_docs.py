@@ -1,0 +1,53 @@
+"""What people read is true: generated pages are current, links lead somewhere, the README's code and examples run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava_lens.tiny import render_scene
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def test_generated_pages_are_current():
+    run = subprocess.run([sys.executable, ROOT / "docs/generate.py", "--check"], capture_output=True, text=True)
+    assert run.returncode == 0, f"{run.stdout}{run.stderr}run: python docs/generate.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if not link.startswith("http") and not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_the_readmes_code_runs(tmp_path, monkeypatch):
+    """With the embedded model, its words, and layers that it has, in the place of the 7B model's."""
+    monkeypatch.chdir(tmp_path)
+    scene = render_scene(1_000_003)
+    scene.image.save("dog.jpg")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    swaps = {
+        'HookedLlava.from_pretrained("llava-hf/llava-1.5-7b-hf")': "HookedLlava.tiny()",
+        "the dog": "the circle",
+        '"dog")': '"circle")',
+        "blocks.12": "blocks.1",
+    }
+    for given, embedded in swaps.items():
+        assert given in block, f"the README no longer says {given!r}"
+        block = block.replace(given, embedded)
+    exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_runs_and_stays_short(example, tmp_path):
+    assert len(example.read_text(encoding="utf-8").splitlines()) <= 70
+    run = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
