@@ -156,6 +156,7 @@ def test_the_highest_cells_are_exact_and_said_to_be() -> None:
     assert linear.values[is_exact].abs().min() >= linear.values[~is_exact].abs().max()
     certain = mixed.method["certain"]
     assert 0 < certain < 20
+    assert certain == int((exact.values[is_exact] > linear.values[~is_exact].max()).sum())
     assert [e.place for e in mixed.top(certain)] == [e.place for e in exact.top(certain)]
     assert exact.method["certain"] == exact.values.numel()
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import runpy
 import struct
 import subprocess
 import sys
@@ -253,3 +254,10 @@ def test_python_m_runs_it_and_reports_errors_in_one_line(tmp_path: Path) -> None
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "llava-lens: error: no image file 'nothing.png'\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_example_runs_and_finds_both_objects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = Path(__file__).parents[1] / "examples" / "explain_a_picture.py"
+    runpy.run_path(str(example))["main"](str(tmp_path))
+    assert capsys.readouterr().out.count("Right: True; on the object: True") == 2
+    assert len(list(tmp_path.glob("*/explanation.png"))) == 2

@@ -7,23 +7,19 @@ the increase; the cells that matter are then computed exactly, over the full voc
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from llava_lens.analysis.readout import Readout
+from llava_lens.analysis.query import Answer, By, Place, Query
 from llava_lens.analysis.scores import Scores, stacked
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError
-from llava_lens.kernels import repeat_heads, upcast
-from llava_lens.roles import Roles
+from llava_lens.kernels import upcast
 
-By = str | tuple[str, ...]
-Answer = int | str | None
 Head = tuple[int, int]
 
 NEEDED: dict[By, tuple[str, ...]] = {
@@ -34,9 +30,6 @@ NEEDED: dict[By, tuple[str, ...]] = {
     "attention": ("attn.hook_pattern",),
 }
 """What each question asks of every block's entries; all but `attention` need the last `hook_resid_post` too."""
-
-PER_POSITION = ("blocks.0.hook_resid_pre", "blocks.0.attn.hook_pattern")
-"""Entries whose last axis but one counts query positions; each question needs one of them."""
 
 
 def names_for(model: Any, *by: By) -> list[str]:
@@ -158,137 +151,6 @@ def head_mask(model: Any, heads: Iterable[Head]) -> Bool[Tensor, "layer head"]:
     if not mask.any():
         raise LensError("heads= names no head; leave it out for all of them")
     return mask
-
-
-@dataclass(frozen=True)
-class Place:
-    """One row of a cache and one query position in it."""
-
-    cache: LlavaCache
-    row: int
-    query: int
-
-    @classmethod
-    def of(cls, cache: LlavaCache, row: int, position: int) -> Place:
-        """Resolve a position: -1 is the last that is not padding, other negative ones count from the row's end."""
-        place = cls(cache, row, 0)
-        n = place.entry(next(name for name in PER_POSITION if name in cache)).shape[-2]
-        if not -n <= position < n:
-            raise LensError(f"position {position}; expected {-n} … {n - 1}")
-        roles = place.roles
-        whole = roles is not None and len(roles) == n
-        query = roles.last if whole and position == -1 and roles is not None else position % n
-        if whole and roles is not None and roles.labels[query] == "padding":
-            raise LensError(f"position {position} of row {row} is padding")
-        return cls(cache, row, query)
-
-    @property
-    def n_layers(self) -> int:
-        return self.cache.model.cfg.n_layers
-
-    @property
-    def roles(self) -> Roles | None:
-        """The row's roles, None where the inputs carried none."""
-        inputs = self.cache.inputs
-        return None if inputs is None or inputs.roles is None else inputs.roles[self.row]
-
-    @property
-    def roles_or_none(self) -> tuple[Roles, ...] | None:
-        return None if self.roles is None else (self.roles,)
-
-    @property
-    def labels(self) -> dict[str, tuple[int | str, ...]]:
-        """What each position is called: its patch, else its token."""
-        return {} if self.roles is None else {"position": names_of(self.roles)}
-
-    def entry(self, name: str) -> Tensor:
-        """This row of a cached entry."""
-        act = self.cache[name]
-        return act[self.row] if self.cache.has_batch_dim else act
-
-    def at(self, layer: int, name: str) -> Float[Tensor, "*axes"]:
-        """A block's entry at the query position, in float32 or better."""
-        return upcast(self.entry(f"blocks.{layer}.{name}")[self.query])
-
-    def pattern(self, layer: int) -> Float[Tensor, "head key"]:
-        """The attention of the query in one layer."""
-        return upcast(self.entry(f"blocks.{layer}.attn.hook_pattern")[:, self.query])
-
-    def values(self, layer: int) -> Float[Tensor, "head key d_head"]:
-        """The value vectors, those of a group repeated for each of its heads."""
-        v = rearrange(self.entry(f"blocks.{layer}.attn.hook_v"), "key kv_head d_head -> 1 kv_head key d_head")
-        share = self.cache.model.cfg.n_heads // self.cache.model.cfg.n_key_value_heads
-        return upcast(repeat_heads(v, share)[0])
-
-
-def names_of(roles: Roles) -> tuple[int | str, ...]:
-    """`patch (row, col)` for a patch, the token's string for text, the number where that is unknown."""
-    grids = [patch_names(roles, image) for image in range(roles.n_images)]
-    known = {position: name for names in grids for position, name in names.items()}
-    words = roles.tokens or ("",) * len(roles)
-    return tuple(known.get(i) or word or i for i, word in enumerate(words))
-
-
-def patch_names(roles: Roles, image: int) -> dict[int, str]:
-    """Position → name, for every patch of one image."""
-    which = f"image {image} " if roles.n_images > 1 else ""
-    grid = roles.patch_positions(image).tolist()
-    return {at: f"{which}patch ({r}, {c})" for r, line in enumerate(grid) for c, at in enumerate(line)}
-
-
-@dataclass(frozen=True)
-class Query(Place):
-    """A query position with the token asked about and the way to read the stream there."""
-
-    readout: Readout
-    token: int
-
-    @classmethod
-    def asking(cls, cache: LlavaCache, row: int, position: int, answer: Answer, unembed: Tensor) -> Query:
-        """The query of one row; the answer defaults to the model's own choice."""
-        place = Place.of(cache, row, position)
-        readout = Readout.of(cache.model, place.at(place.n_layers - 1, "hook_resid_post"), unembed)
-        token = int(readout.logits(readout.final).argmax()) if answer is None else answer_id(cache.model, answer)
-        return cls(cache, row, place.query, readout, token)
-
-    def base(self, layer: int) -> Float[Tensor, " d_model"]:
-        """The stream that a layer's attention is added to."""
-        return self.at(layer, "hook_resid_pre")
-
-    def gradient(self, layer: int) -> Float[Tensor, " d_model"]:
-        """The direction of the linear form in a layer."""
-        return self.readout.gradient(self.base(layer), self.token)
-
-    def mixtures(self, layer: int, by: By) -> Float[Tensor, "head source d_head"]:
-        """What each head mixes before its output matrix: from every position, or all together as one source."""
-        if by == "head":
-            return rearrange(self.at(layer, "attn.hook_z"), "head d_head -> head 1 d_head")
-        pattern, v = self.pattern(layer), self.values(layer)
-        if pattern.shape[1] != v.shape[1]:
-            raise LensError(
-                f"values of {v.shape[1]} positions, attention to {pattern.shape[1]}: "
-                "positions take a cache of the whole prompt in one run, without pos_slice"
-            )
-        return pattern[..., None] * v
-
-    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
-        return upcast(self.cache.model.blocks[layer].attn.W_O).detach()
-
-    @property
-    def method(self) -> dict[str, Any]:
-        """What every result says of itself."""
-        word = self.cache.model.token_string(self.token) if self.cache.model.processor is not None else None
-        facts = {"score": "log-probability increase", "answer": word, "answer_id": self.token}
-        return {**facts, "query": self.query, "norm_scale": self.readout.scale}
-
-
-def answer_id(model: Any, answer: int | str) -> int:
-    """The token of an answer; raises `LensError` for a string of several tokens and an id outside the vocabulary."""
-    if isinstance(answer, str):
-        return model.to_single_token(answer)
-    if not 0 <= answer < model.cfg.d_vocab:
-        raise LensError(f"answer {answer}; expected a token id, 0 … {model.cfg.d_vocab - 1}")
-    return answer
 
 
 # ---- the scores of one query
