@@ -154,10 +154,12 @@ def test_the_highest_cells_are_exact_and_said_to_be() -> None:
     assert mixed.method["exact"] == 20 == int(is_exact.sum()) and mixed.method["of"] == mixed.values.numel()
     assert torch.equal(mixed.values[~is_exact], linear.values[~is_exact])
     assert linear.values[is_exact].abs().min() >= linear.values[~is_exact].abs().max()
-    certain = mixed.method["certain"]
-    assert 0 < certain < 20
-    assert certain == int((exact.values[is_exact] > linear.values[~is_exact].max()).sum())
-    assert [e.place for e in mixed.top(certain)] == [e.place for e in exact.top(certain)]
+    for k in (5, 20, 60, 150):
+        mixed = log_prob_increase(cache, by=("head", "position"), top_k=k)
+        is_exact = (mixed.values - exact.values).abs() < 1e-12
+        certain = mixed.method["certain"]
+        assert 0 < certain == int((exact.values[is_exact] > linear.values[~is_exact].max()).sum())
+        assert [e.place for e in mixed.top(certain)] == [e.place for e in exact.top(certain)]
     assert exact.method["certain"] == exact.values.numel()
 
 
