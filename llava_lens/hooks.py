@@ -41,10 +41,10 @@ class Hook(HookPoint):
         super().__init__()
         self.axes = axes
         self.fired = 0
-        self._shown: tuple[Tensor, int | None] | None = None
+        self._shown: tuple[Tensor | None, int | None] = (None, None)
 
     @property
-    def type(self) -> Any:
+    def annotation(self) -> Any:
         """The jaxtyping type of the activation, `Float[Tensor, axes]`."""
         return Float[Tensor, self.axes]
 
@@ -74,6 +74,11 @@ class Hook(HookPoint):
     def __call__(self, x: Tensor) -> Tensor:
         if not (self._forward_hooks or self._backward_hooks or self._forward_pre_hooks):
             return x
+        y = self._fire(x)
+        self._shown = (None, None)
+        return y
+
+    def _fire(self, x: Tensor) -> Tensor:
         self.fired += 1
         y = super().__call__(x)
         if not isinstance(y, Tensor) or y.shape != x.shape:
@@ -97,14 +102,13 @@ class Hook(HookPoint):
         """
         if not self.live:
             return x, False
-        self._shown = None
-        y = self(x)
-        shown, self._shown = self._shown, None
+        y = self._fire(x)
+        copy, version = self._shown
+        self._shown = (None, None)
         if y is x:
             return y, False
-        if shown is None or y is not shown[0]:
+        if copy is None or y is not copy:
             return y, True
-        copy, version = shown
         return y, copy._version != version if version is not None else not torch.equal(copy, x)
 
 

@@ -6,7 +6,7 @@ somebody listens, and are spliced back into the forward only where a listener ch
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import einsum, rearrange
@@ -279,7 +279,7 @@ def bias_of(linear: nn.Linear) -> Tensor:
     return linear.bias if linear.bias is not None else linear.weight.new_zeros(linear.out_features)
 
 
-def accumulated_bias(blocks: nn.ModuleList, layer: int, mlp_input: bool, include_mlp_biases: bool) -> Tensor:
+def accumulated_bias(blocks: Any, layer: int, mlp_input: bool, include_mlp_biases: bool) -> Tensor:
     """Sum of the output biases that reach the stream before `layer` (or before its MLP), `[d_model]`."""
     total = torch.zeros_like(blocks[0].attn.b_O) if len(blocks) else torch.zeros(())
     for block in blocks[:layer]:

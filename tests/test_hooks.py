@@ -140,7 +140,7 @@ def test_every_hook_fires_with_its_declared_axes(setting):
     sizes: dict[tuple[bool, str], int] = {}
     for name, act in cache.items():
         hook = model.hook(name)
-        assert isinstance(act, hook.type), (name, hook.axes, act.shape)
+        assert isinstance(act, hook.annotation), (name, hook.axes, act.shape)
         for axis, size in zip(hook.axes.split(), act.shape, strict=True):
             key = (name.startswith(("vision.", "projector.")), axis)
             if axis not in ("d_model", "d_features"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from random_models import ODD, example, hf_llama, hf_llava
@@ -80,27 +82,41 @@ def test_dynamic_rope_follows_the_length(length):
         assert torch.equal(model(tokens), hf(tokens).logits)
 
 
+def gradients(run, pixels, inputs, weights):
+    """Of one answer's log-probability, by the pixels and by some weights of every room."""
+    run.requires_grad_(True)
+    run.zero_grad()
+    pixels = pixels.clone().requires_grad_()
+    out = run(**{**inputs, "pixel_values": pixels})
+    logits = out if isinstance(out, torch.Tensor) else out.logits
+    return torch.autograd.grad(logits[:, -1].log_softmax(-1)[:, 5].sum(), [pixels, *weights])
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("odd", ["plain", "grouped", "layer_list_full"])
 def test_gradients_equal(odd, attention):
-    hf = hf_llava(odd, attention)
-    model = HookedLlava.from_hf(hf)
+    hf: Any = hf_llava(odd, attention)
+    model: Any = HookedLlava.from_hf(hf)
     inputs = example(hf)
-    grads = []
-    for run in (hf, model):
-        weights = {tuple(p.shape): p for p in run.parameters()}
-        run.requires_grad_(True)
-        run.zero_grad()
-        pixels = inputs["pixel_values"].clone().requires_grad_()
-        out = run(**{**inputs, "pixel_values": pixels})
-        logits = out if isinstance(out, torch.Tensor) else out.logits
-        logits[:, -1].log_softmax(-1)[:, 5].sum().backward()
-        embed = (run.embed if run is model else run.get_input_embeddings()).weight.grad
-        grads.append((pixels.grad, embed.clone()))
-        assert weights
-    for ours, theirs in zip(*grads, strict=True):
-        assert theirs.abs().max() > 0
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+    decoder, tower = hf.model.language_model, hf.model.vision_tower
+    theirs = [
+        decoder.embed_tokens.weight, decoder.layers[0].self_attn.k_proj.weight, decoder.layers[1].mlp.up_proj.weight,
+        decoder.norm.weight, hf.model.multi_modal_projector.linear_1.weight, tower.embeddings.class_embedding,
+        tower.encoder.layers[0].mlp.fc1.weight, tower.pre_layrnorm.bias,
+    ]  # fmt: skip
+    ours = [
+        model.embed.weight, model.blocks[0].attn.k_proj.weight, model.blocks[1].mlp.in_proj.weight,
+        model.ln_final.weight, model.projector.linear_1.weight, model.vision.class_embed,
+        model.vision.blocks[0].mlp.in_proj.weight, model.vision.ln_pre.bias,
+    ]  # fmt: skip
+    pairs = zip(
+        gradients(model, inputs["pixel_values"], inputs, ours),
+        gradients(hf, inputs["pixel_values"], inputs, theirs),
+        strict=True,
+    )
+    for mine, reference in pairs:
+        assert reference.abs().max() > 0
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5 * float(reference.abs().max()))
 
 
 def test_ragged_rows_equal_the_singles():
@@ -140,7 +156,3 @@ def test_the_tower_stops_at_the_last_layer_read():
     assert len(HookedLlava.from_hf(hf_llava()).vision.blocks) == 3
     assert len(HookedLlava.from_hf(hf_llava("layer_list")).vision.blocks) == 3
     assert len(HookedLlava.from_hf(hf_llava("first_layer")).vision.blocks) == 0
-
-
-def test_transformer_lens_own_bridge_agrees():
-    pytest.importorskip("transformer_lens.model_bridge")

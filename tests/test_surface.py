@@ -76,8 +76,9 @@ def test_circuits_are_factored(model):
     assert isinstance(model.QK, FactoredMatrix) and isinstance(model.OV, FactoredMatrix)
     layer, head = 1, 3
     attn = model.blocks[layer].attn
-    torch.testing.assert_close(model.OV.AB[layer, head], attn.W_V[head // group] @ attn.W_O[head])
-    torch.testing.assert_close(model.QK.AB[layer, head], attn.W_Q[head] @ attn.W_K[head // group].T)
+    OV, QK = torch.as_tensor(model.OV.AB), torch.as_tensor(model.QK.AB)
+    torch.testing.assert_close(OV[layer, head], attn.W_V[head // group] @ attn.W_O[head])
+    torch.testing.assert_close(QK[layer, head], attn.W_Q[head] @ attn.W_K[head // group].T)
     assert model.all_head_labels()[:5] == ["L0H0", "L0H1", "L0H2", "L0H3", "L1H0"]
 
 
