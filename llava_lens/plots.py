@@ -99,8 +99,9 @@ def explanation_figure(explanation: Explanation, image: Any) -> Figure:
     e, roles = explanation, explanation.roles
     width, height = _panel(roles, 0)
     figure = new_figure(3 * width + 1.0, height + 4.9)
-    grid = figure.add_gridspec(2, 3, height_ratios=(height + 0.7, 3.3))
-    scene, attention, increase = (figure.add_subplot(grid[0, i]) for i in range(3))
+    maps, below = figure.subfigures(2, 1, height_ratios=(height + 0.9, 3.3))  # apart, so that the maps line up
+    scene, attention, increase = maps.subplots(1, 3)
+    heads, text = below.subplots(1, 2, width_ratios=(1, 2))
     picture = _picture(image, roles, 0)
     _draw_picture(scene, np.asarray(picture), roles, 0)
     _frame(scene, roles, 0)
@@ -109,10 +110,8 @@ def explanation_figure(explanation: Explanation, image: Any) -> Figure:
     scene.set_title("the picture; outlined: strongest patch", fontsize=10)
     overlay(e.patch_attention(), picture, roles, ax=attention, title="mean attention (all heads)")
     overlay(patches, picture, roles, ax=increase, title=f"log-probability increase of “{_plain(e.answer)}”")
-    heads = figure.add_subplot(grid[1, 0])
     marked = [entry.place for entry in e.top_heads]
     heads_map(e.heads, ax=heads, marked=marked, title="increase by head (dots: the highest)")
-    text = figure.add_subplot(grid[1, 1:])
     text.set_axis_off()
     facts = _wrapped(e.findings(), int(2 * width * 12.5))
     text.text(0, 1, facts, va="top", ha="left", fontsize=8.5, family="monospace", transform=text.transAxes)
