@@ -23,8 +23,8 @@ def main(out: str | None = None) -> None:
         print(explanation.summary(), end="\n\n")
 
         strongest = explanation.patches().top(1)[0]
-        (about,) = question.about or ()
-        on = explanation.roles.patches_of_mask(scene.objects[about].mask)
+        assert question.about is not None
+        on = explanation.roles.patches_of_mask(scene.objects[question.about[0]].mask)
         print(f"Right: {explanation.answer == question.answer}; on the object: {bool(on[strongest.place])}\n")
         if out is not None:
             explanation.save(Path(out) / question.answer, explanation_png(explanation, scene.image))

@@ -99,7 +99,8 @@ def explanation_figure(explanation: Explanation, image: Any) -> Figure:
     e, roles = explanation, explanation.roles
     width, height = _panel(roles, 0)
     figure = new_figure(3 * width + 1.0, height + 4.9)
-    maps, below = figure.subfigures(2, 1, height_ratios=(height + 0.9, 3.3))  # apart, so that the maps line up
+    both: Any = figure.subfigures(2, 1, height_ratios=(height + 0.9, 3.3))  # apart, so that the maps line up
+    maps, below = both
     scene, attention, increase = maps.subplots(1, 3)
     heads, text = below.subplots(1, 2, width_ratios=(1, 2))
     picture = _picture(image, roles, 0)
