@@ -6,8 +6,7 @@ class attributes and overrides only the steps that differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -21,12 +20,12 @@ from llava_lens.errors import LensError
 from llava_lens.generate import generate as continue_prompt
 from llava_lens.hooked import HookedModel
 from llava_lens.hooks import Hook
-from llava_lens.inputs import Inputs, Processor, prepare
+from llava_lens.inputs import Inputs, Processor
 from llava_lens.layers import Block, GatedMLP, KVCache, Mask, Rotary
 from llava_lens.norms import RMSNorm
 from llava_lens.projector import Projector
+from llava_lens.reading import InputReader
 from llava_lens.shards import read_json
-from llava_lens.surface import TransformerLensSurface
 from llava_lens.vision import Vision
 from llava_lens.weights import LLAVA_TABLE, assign_state_dict, load_weights, open_checkpoint
 
@@ -36,7 +35,7 @@ M = TypeVar("M", bound="HookedLlava")
 """The class that a constructor is called on, so that a subclass gets its own type back."""
 
 
-class HookedLlava(TransformerLensSurface, HookedModel):
+class HookedLlava(InputReader, HookedModel):
     """LLaVA with every activation named, readable and editable; logits are bit-equal to Hugging Face's.
 
     Decoder hooks carry TransformerLens's names (`blocks.5.attn.hook_pattern`); the tower's are the same under
@@ -54,7 +53,6 @@ class HookedLlava(TransformerLensSurface, HookedModel):
         super().__init__()
         self.cfg = cfg
         self.processor = processor
-        self._held: Inputs | None = None
         if cfg.vision is not None:
             self.vision = self.Vision(cfg.vision)
             self.projector = self.Projector(cfg)
@@ -136,76 +134,7 @@ class HookedLlava(TransformerLensSurface, HookedModel):
         weight = self.embed.weight
         self.cfg = replace(self.cfg, device=weight.device, dtype=weight.dtype)
 
-    # ---- inputs
-
-    def prepare(self, question: str | list[str], image: Any = None, answer: str | list[str] = "", **how: Any) -> Inputs:
-        """Question and picture(s) to `Inputs` on the model's device, through the checkpoint's own template.
-
-        `image` is a PIL image, path or array, a list of them, or None; `answer` a start that the model continues.
-        See `llava_lens.inputs.prepare` for the rest and for the errors.
-        """
-        if self.processor is None:
-            raise LensError("this model has no processor; give one: HookedLlava.from_hf(model, processor)")
-        return prepare(self.processor, self.cfg, question, image, answer=answer, **how).to(self.cfg.device)
-
     generate = continue_prompt
-
-    @contextmanager
-    def looking_at(self: M, inputs: Inputs) -> Iterator[M]:
-        """Hold a picture for tools that pass only tokens, TransformerLens's patching for instance."""
-        before, self._held = self._held, inputs
-        try:
-            yield self
-        finally:
-            self._held = before
-
-    def read_inputs(
-        self,
-        input: Inputs | Mapping[str, Any] | Tensor | str | list[str] | None = None,
-        *,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        roles: Any = None,
-    ) -> Inputs:
-        """What `forward` was given, as `Inputs` on the model's device; a picture held stands in for a missing one."""
-        named = {"pixel_values": pixel_values, "attention_mask": attention_mask, "roles": roles}
-        twice = [name for name, value in {"input_ids": input_ids, **named}.items() if value is not None]
-        if isinstance(input, Inputs | Mapping) and twice:
-            raise LensError(f"{', '.join(twice)} given beside {type(input).__name__}, which holds the whole input")
-        if isinstance(input, Inputs):
-            return input.to(self.cfg.device)
-        if isinstance(input, Mapping):
-            return self.read_inputs(**input)
-        tokens = input_ids if input is None else input
-        if isinstance(tokens, str | list):
-            tokens, padding = self.encode_text(tokens)
-            attention_mask = padding if attention_mask is None else attention_mask
-        if not isinstance(tokens, Tensor):
-            raise LensError(f"expected Inputs, tokens or text, got {type(tokens).__name__}")
-        tokens = tokens if tokens.ndim == 2 else tokens[None]
-        pixel_values = self._held_pixels(tokens) if pixel_values is None else pixel_values
-        attention_mask = self._held_mask(tokens) if attention_mask is None else attention_mask
-        return Inputs(tokens, pixel_values, attention_mask, roles).to(self.cfg.device)
-
-    def _held_pixels(self, tokens: Tensor) -> Tensor | None:
-        """The pictures looked at, once per copy of the batch; None for tokens without image slots (a cached step)."""
-        if self._held is None or self._held.pixels is None or not bool((tokens == self.cfg.image_token_id).any()):
-            return None
-        return self._held.pixels.repeat(self._copies(tokens), 1, 1, 1)
-
-    def _held_mask(self, like: Tensor) -> Tensor | None:
-        """The padding of the inputs looked at, for tokens or a stream of their length."""
-        held = self._held
-        if held is None or held.attention_mask is None or held.n_pos != like.shape[1]:
-            return None
-        return held.attention_mask.repeat(self._copies(like), 1)
-
-    def _copies(self, batch: Tensor) -> int:
-        rows = len(self._held.tokens) if self._held is not None else 1
-        if len(batch) % rows:
-            raise LensError(f"{len(batch)} sequences cannot share the pictures of the {rows} looked at")
-        return len(batch) // rows
 
     # ---- the forward and its seams
 
@@ -253,20 +182,6 @@ class HookedLlava(TransformerLensSurface, HookedModel):
             return logits
         loss = self.loss(logits, tokens, attention_mask, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
-
-    def read_stream(
-        self,
-        x: Any,
-        *,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        roles: Any = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The stream that `start_at_layer` goes on from, with the tokens (for a loss) and the padding it came from."""
-        if not (isinstance(x, Tensor) and x.ndim == 3 and x.shape[-1] == self.cfg.d_model):
-            raise LensError(f"start_at_layer needs the stream [batch, pos, {self.cfg.d_model}], got {_brief(x)}")
-        return x, input_ids, self._held_mask(x) if attention_mask is None else attention_mask
 
     def embed_inputs(self, inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
         """Tokens embedded, with the picture's features in the places of its tokens; raises where they do not match."""
@@ -367,7 +282,3 @@ class HookedLlava(TransformerLensSurface, HookedModel):
         if first > last:
             raise LensError(f"start_at_layer={start} lies behind stop_at_layer={stop}")
         return first, last
-
-
-def _brief(value: Any) -> str:
-    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -34,6 +34,7 @@ FLOORS = {
     "projector": 7,
     "hooked": 9,
     "surface": 7,
+    "reading": 8,
     "generate": 7,
     "model": 10,
     "analysis": 11,
