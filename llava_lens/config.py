@@ -59,6 +59,7 @@ class VisionConfig(TowerConfig):
     n_channels: int = 3
     n_layers_total: int = 0
     feature_layers: tuple[int, ...] = ()
+    feature_layers_listed: bool = False  # a list, even of one, is joined: a copy whose layout decides bf16's last bit
     keep_class_token: bool = False
 
     @property
@@ -97,6 +98,7 @@ class VisionConfig(TowerConfig):
             n_layers=max(layers),
             n_layers_total=total,
             feature_layers=layers,
+            feature_layers_listed=not isinstance(feature_layer, int),
             keep_class_token=select == "full",
             d_model=hf.hidden_size,
             n_heads=hf.num_attention_heads,

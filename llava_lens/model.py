@@ -265,6 +265,8 @@ class HookedLlava(InputReader, HookedModel):
             counts &= seen[:, 1:] & seen[:, :-1]
         if self.cfg.image_token_id is not None:
             counts &= targets != self.cfg.image_token_id
+        if not bool(counts.any()):
+            raise LensError(f"no position of {tuple(tokens.shape)} tokens counts: a loss needs two words in a row")
         targets = torch.where(counts, targets, 0)
         losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none") * counts
         return losses if per_token else losses.sum() / counts.sum()

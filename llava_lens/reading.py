@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from llava_lens.errors import LensError
+from llava_lens.errors import LensError, nearest
 from llava_lens.inputs import Inputs, prepare
 from llava_lens.surface import TransformerLensSurface
 
+INPUTS = ("input_ids", "pixel_values", "attention_mask", "roles")
 R = TypeVar("R", bound="InputReader")
 
 
@@ -50,8 +51,12 @@ class InputReader(TransformerLensSurface):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         roles: Any = None,
+        **unknown: Any,
     ) -> Inputs:
         """What `forward` was given, as `Inputs` on the model's device; a picture held stands in for a missing one."""
+        if unknown:
+            name = next(iter(unknown))
+            raise LensError(f"unknown input {name!r}{nearest(name, INPUTS)}; known: {', '.join(INPUTS)}")
         named = {"pixel_values": pixel_values, "attention_mask": attention_mask, "roles": roles}
         twice = [name for name, value in {"input_ids": input_ids, **named}.items() if value is not None]
         if isinstance(input, Inputs | Mapping) and twice:
@@ -99,7 +104,10 @@ class InputReader(TransformerLensSurface):
         attention_mask: Tensor | None = None,
         roles: Any = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The stream that `start_at_layer` goes on from, with the tokens (for a loss) and the padding it came from."""
+        """The stream that `start_at_layer` goes on from, with the tokens (for a loss) and the padding it came from.
+
+        So `**inputs` may stand beside the stream; the pictures are part of it already and are not looked at again.
+        """
         if not (isinstance(x, Tensor) and x.ndim == 3 and x.shape[-1] == self.cfg.d_model):
             raise LensError(f"start_at_layer needs the stream [batch, pos, {self.cfg.d_model}], got {_brief(x)}")
         return x, input_ids, self._held_mask(x) if attention_mask is None else attention_mask

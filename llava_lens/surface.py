@@ -95,6 +95,11 @@ class TransformerLensSurface:
         return self._stack(lambda block: block.mlp.b_in)
 
     @property
+    def b_gate(self) -> Float[Tensor, "layer d_mlp"] | None:
+        """The gate's biases, None where the MLP has no gate."""
+        return self._stack(lambda block: block.mlp.b_gate) if self.cfg.gated_mlp else None
+
+    @property
     def b_out(self) -> Float[Tensor, "layer d_model"]:
         return self._stack(lambda block: block.mlp.b_out)
 

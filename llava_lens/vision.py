@@ -59,7 +59,7 @@ class Vision(nn.Module):
         """The layers that the checkpoint reads, without the class token unless it keeps it."""
         start = 0 if self.cfg.keep_class_token else 1
         chosen = [streams[layer][:, start:] for layer in self.cfg.feature_layers]
-        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
+        return torch.cat(chosen, dim=-1) if self.cfg.feature_layers_listed else chosen[0]
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True

@@ -50,6 +50,7 @@ ROPES: dict[str, dict[str, Any]] = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     },
+    "proportional": {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     "theta": {"rope_type": "default", "rope_theta": 500000.0},
 }
 ODD: dict[str, dict[str, Any]] = {

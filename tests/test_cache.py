@@ -325,6 +325,9 @@ def test_dtype_and_device_and_sharing():
     for cache in (half, fresh(), fresh().to(torch.float64), fresh().to("cpu")):
         assert cache["resid_post", 0].data_ptr() == cache["resid_pre", 1].data_ptr()
         assert cache["resid_mid", 0].data_ptr() == cache["mlp_in", 0].data_ptr()
+    with torch.no_grad():
+        _, away = model_of().run_with_cache(inputs, device="meta", names_filter=["hook_embed", "vision.hook_embed"])
+    assert all(act.is_meta for act in away.values())
     moved = fresh()
     assert moved.to("meta") is moved and moved.vision["q", 0].is_meta and moved["q", 0].is_meta
     assert moved.vision.to(torch.float16)["q", 0].dtype == torch.float16 and moved["q", 0].dtype == torch.float32

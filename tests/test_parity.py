@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from random_models import ODD, example, hf_llama, hf_llava
+from random_models import ODD, ROPES, example, hf_llama, hf_llava
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava_lens import HookedLlava
 
@@ -26,10 +27,15 @@ def logits_of(hf, inputs):
         return hf(**inputs).logits
 
 
+def test_every_rope_scaling_that_transformers_knows_is_tried():
+    assert {rope["rope_type"] for rope in ROPES.values()} == {"default", *ROPE_INIT_FUNCTIONS}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("odd", ODD)
-def test_logits_are_bit_equal_over_configurations(odd, attention):
-    hf = hf_llava(odd, attention)
+def test_logits_are_bit_equal_over_configurations(odd, attention, dtype):
+    hf = hf_llava(odd, attention, dtype)
     model = HookedLlava.from_hf(hf)
     for shape in ("batch", "ragged_left"):
         inputs = example(hf, **SHAPES[shape])

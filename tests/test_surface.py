@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from random_models import hf_llama, hf_llava
+from random_models import example, hf_llama, hf_llava
 from transformer_lens import FactoredMatrix
 
 from llava_lens import HookedLlava
@@ -35,6 +35,7 @@ def test_stacked_weights_have_transformer_lens_shapes(model):
         "W_O": (layer, head, width, d), "b_Q": (layer, head, width), "b_K": (layer, kv, width),
         "b_V": (layer, kv, width), "b_O": (layer, d), "W_in": (layer, d, c.d_mlp), "W_gate": (layer, d, c.d_mlp),
         "W_out": (layer, c.d_mlp, d), "b_in": (layer, c.d_mlp), "b_out": (layer, d),
+        "b_gate": (layer, c.d_mlp),
     }  # fmt: skip
     for name, shape in shapes.items():
         assert tuple(getattr(model, name).shape) == shape, name
@@ -56,19 +57,46 @@ def test_weights_per_block_are_views_that_write_through(model):
 
 
 def test_weights_reproduce_the_activations(model):
-    """q = normalized ∘ gain @ W_Q + b_Q, result = z @ W_O, mlp_out = post @ W_out + b_out, in both towers."""
-    tokens = torch.randint(3, 89, (1, 6), generator=torch.Generator().manual_seed(0))
+    """Every `W_*` and `b_*` by what it does to cached activations, in both towers."""
+    inputs = example(hf_llava())
     with torch.no_grad():
-        _, cache = model.run_with_cache(tokens)
-        for layer, block in enumerate(model.blocks):
-            x = cache["normalized", layer, "ln1"] * block.ln1.w
-            q = torch.einsum("bpd,hdw->bphw", x, block.attn.W_Q) + block.attn.b_Q
-            torch.testing.assert_close(q, cache["q", layer], rtol=1e-5, atol=1e-5)
-            result = torch.einsum("bphw,hwd->bphd", cache["z", layer], block.attn.W_O)
-            torch.testing.assert_close(result, cache["result", layer], rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(result.sum(2) + block.attn.b_O, cache["attn_out", layer], rtol=1e-5, atol=1e-4)
-            out = cache["post", layer] @ block.mlp.W_out + block.mlp.b_out
-            torch.testing.assert_close(out, cache["mlp_out", layer], rtol=1e-5, atol=1e-4)
+        _, cache = model.run_with_cache(**inputs)
+        for tower, part in ((model, cache), (model.vision, cache.vision)):
+            for layer, block in enumerate(tower.blocks):
+                check_block(block, part, layer)
+
+
+def check_block(block, cache, layer):
+    def equal(ours, name):
+        torch.testing.assert_close(ours, cache[name, layer], rtol=1e-5, atol=1e-4)
+
+    x = cache["normalized", layer, "ln1"] * block.ln1.w + block.ln1.b
+    for name, W, b in (("q", "W_Q", "b_Q"), ("k", "W_K", "b_K"), ("v", "W_V", "b_V")):
+        equal(torch.einsum("bpd,hdw->bphw", x, getattr(block.attn, W)) + getattr(block.attn, b), name)
+    equal(torch.einsum("bphw,hwd->bphd", cache["z", layer], block.attn.W_O), "result")
+    equal(cache["result", layer].sum(2) + block.attn.b_O, "attn_out")
+    x = cache["normalized", layer, "ln2"] * block.ln2.w + block.ln2.b
+    linear = x @ block.mlp.W_in + block.mlp.b_in
+    if hasattr(block.mlp, "W_gate"):
+        equal(linear, "pre_linear")
+        linear = x @ block.mlp.W_gate + block.mlp.b_gate
+    equal(linear, "pre")
+    equal(cache["post", layer] @ block.mlp.W_out + block.mlp.b_out, "mlp_out")
+
+
+def test_tokens_and_strings():
+    model = HookedLlava.tiny()
+    text = "What is the color of the circle?"
+    tokens = model.to_tokens(text)
+    assert tokens.shape == (1, 9) and model.to_string(tokens[0]) == model.to_string(tokens)[0]
+    words = ["<s>", "what", "is", "the", "color", "of", "the", "circle", "?"]
+    assert model.to_str_tokens(text) == model.to_str_tokens(tokens) == words
+    assert model.to_str_tokens(text, prepend_bos=False) == words[1:]
+    assert model.to_single_str_token(model.to_single_token("circle")) == "circle"
+    slots = model.to_str_tokens("<image> what").count("<image>")
+    assert slots == model.cfg.tokens_per_image == 64
+    with pytest.raises(LensError, match=r"'dark red' is 2 tokens \['<unk>', 'red'\]"):
+        model.to_single_token("dark red")
 
 
 def test_circuits_are_factored(model):

@@ -214,5 +214,7 @@ def _question(roles: Roles) -> str:
 
 def _greedy(model: Any, inputs: Inputs, max_new_tokens: int) -> str:
     """What the model says, as far as the context has room for it."""
-    room = min(max_new_tokens, model.cfg.n_ctx - inputs.n_pos)
+    room = max_new_tokens
+    if model.cfg.max_positions is not None:
+        room = min(room, model.cfg.max_positions - inputs.n_pos)
     return model.generate(inputs, max_new_tokens=room, return_type="text")[0] if room > 0 else ""
