@@ -175,7 +175,7 @@ def bad_checkpoints(folder: Path, good: Path) -> dict[str, tuple[Any, str]]:
         "damaged weights": (copy("damaged", model=weights[:5000]), "damaged|cut|bytes"),
         "damaged configuration": (copy("json", config=b"{"), "config.json"),
         "damaged tokenizer": (copy("words", tokenizer=b"{}"), "cannot load|tokenizer"),
-        "no tower": (copy("llama", config=json.dumps(plain).encode()), "."),
+        "no tower": (copy("llama", config=json.dumps(plain).encode()), "the model has no vision"),
     }
 
 
