@@ -99,11 +99,13 @@ class LlavaCache(StackCache):
         inputs: Inputs | None = None,
         has_image_dim: bool = True,
         asked: frozenset[str] | None = None,
+        kept: tuple[int, ...] | None = None,
     ):
         super().__init__(cache_dict, model, has_batch_dim)
         self.inputs = inputs
         self.has_image_dim = has_image_dim
         self.asked = asked
+        self.kept = kept
 
     @overload
     def __getitem__(self, key: tuple[DecoderBlockKey, int]) -> Tensor: ...
@@ -208,7 +210,7 @@ class LlavaCache(StackCache):
             for name, act in self.cache_dict.items()
         }
         inputs = None if self.inputs is None else rows_of(self.inputs, rows, images)
-        cache = LlavaCache(kept, self.model, cut.mode != "int", inputs, True, self.asked)
+        cache = LlavaCache(kept, self.model, cut.mode != "int", inputs, True, self.asked, self.kept)
         if cut.mode == "int" and len(images) == 1:
             cache._drop_image_dim()
         return cache
@@ -251,7 +253,8 @@ class LlavaCache(StackCache):
         """
         entries, inputs, facts = load_cache(path, model, names_filter, device, any_weights)
         asked = None if facts["asked"] is None else frozenset(facts["asked"])
-        return cls(entries, model, facts["has_batch_dim"], inputs, facts["has_image_dim"], asked)
+        kept = None if facts["kept"] is None else tuple(facts["kept"])
+        return cls(entries, model, facts["has_batch_dim"], inputs, facts["has_image_dim"], asked, kept)
 
 
 def rows_of(inputs: Inputs, rows: list[int], images: list[int]) -> Inputs:

@@ -44,6 +44,7 @@ def save_cache(cache: Any, path: str | os.PathLike[str]) -> None:
         "model": passport(cache.model),
         "has_batch_dim": cache.has_batch_dim,
         "has_image_dim": cache.has_image_dim,
+        "kept": cache.kept,
         "aliases": aliases,
         "asked": None if cache.asked is None else sorted(cache.asked),
         "roles": [r.to_json() for r in inputs.roles] if inputs is not None and inputs.roles is not None else None,

@@ -23,6 +23,8 @@ from llava_lens.shards import WEIGHT_FILES, CheckpointError, Entry, read_headers
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 """What is fetched from the hub before any weight: configuration, index, tokenizer and processor."""
 
+CLIP_TEXT_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+"""What a full CLIP checkpoint holds beside its vision tower."""
 LLAMA_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
@@ -195,7 +197,8 @@ def _open_tower(id_or_dir: str | Path, hub: dict[str, Any], held: bool, owner: s
         raise NotLlava(f"the vision tower of {owner}: {_another_family(id_or_dir, facts['model_type'], families)}")
     config = _parse(id_or_dir, facts)
     entries = () if held else _read_weights(id_or_dir, folder, hub)
-    return Checkpoint(getattr(config, "vision_config", config), folder, entries)
+    seeing = tuple(entry for entry in entries if not entry.key.startswith(CLIP_TEXT_HALF))
+    return Checkpoint(getattr(config, "vision_config", config), folder, seeing)
 
 
 def _llava_config(facts: dict[str, Any], vision: Any) -> LlavaConfig:

@@ -94,11 +94,13 @@ def quieten() -> None:
 
 def run_explain(given: argparse.Namespace) -> int:
     """`llava-lens explain`."""
+    import torch
+
     from llava_lens.errors import LensError
 
     try:
         explanation, paths = explained(given)
-    except (LensError, OSError, MemoryError) as error:
+    except (LensError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         return complain(error or type(error).__name__)
     except KeyboardInterrupt:
         return complain("interrupted")
@@ -156,10 +158,12 @@ def load(name: str | None, device: str | None) -> Any:
 
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if not torch.zeros(1, device=place).add(1).item():  # a device that is not there, or that holds no numbers
+            raise LensError(f"device {device!r} cannot compute")
         return HookedLlava.tiny(place) if name is None else HookedLlava.from_pretrained(name, device=place)
     except LensError:
         raise
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
+    except (ValueError, OSError, RuntimeError, KeyError, AssertionError) as error:
         raise LensError(f"cannot load {name or 'the embedded model'!r}: {error}") from error
 
 

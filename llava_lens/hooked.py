@@ -15,7 +15,7 @@ from torch import Tensor
 from transformer_lens import HookedRootModule
 
 from llava_lens.cache import LlavaCache
-from llava_lens.errors import UnknownHook, nearest
+from llava_lens.errors import LensError, UnknownHook, nearest
 from llava_lens.hooks import Hook
 from llava_lens.inputs import Inputs
 from llava_lens.record import Cuts, Recorder, axis_sizes, kept_dtype, kept_numel
@@ -47,7 +47,8 @@ class HookedModel(HookedRootModule):
         if callable(wanted):
             names = [name for name in self.hook_dict if wanted(name)]
         else:
-            names = [self.hook(name).name or name for name in ([wanted] if isinstance(wanted, str) else wanted)]
+            given = dict.fromkeys([wanted] if isinstance(wanted, str) else wanted)
+            names = [self.hook(name).name or name for name in given]
         if not names:
             raise UnknownHook(f"the filter {wanted!r} selects none of the {len(self.hook_dict)} hooks")
         return names
@@ -68,11 +69,9 @@ class HookedModel(HookedRootModule):
         """Hold hooks for the duration of a `with` block; they are gone after it, also when it raises.
 
         `fwd_hooks` and `bwd_hooks` are lists of `(name or predicate, fn(activation, hook))`. Raises `UnknownHook` for
-        a name without a hook, and at the end for a forward hook that never fired although the model ran.
+        a name without a hook, and at the end for a hook whose activation never passed although the model ran.
         """
-        expected = [self.hook_names(name) for name, _ in fwd_hooks]
-        for name, _ in bwd_hooks:
-            self.hook_names(name)
+        expected = [self.hook_names(name) for name, _ in (*fwd_hooks, *bwd_hooks)]
         fired = {name: self.hook(name).fired for names in expected for name in names}
         runs = self.n_runs
         with super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts):
@@ -115,6 +114,8 @@ class HookedModel(HookedRootModule):
         keeps no position, and for `incl_bwd` without a scalar or a graph.
         """
         asked = self.hook_names(names_filter)
+        if pos_slice is not None and "hook_logits" in asked and _cuts(model_kwargs.get("logits_to_keep", 0)):
+            raise LensError("pos_slice and logits_to_keep both cut hook_logits: give one of them, or leave it out")
         record = Recorder(Cuts(pos_slice, vision_pos_slice), device, dtype, incl_bwd, owned=self.parameters())
         each = [names_filter or (lambda _: True)] if names_filter is None or callable(names_filter) else asked
         listeners = [(name, record) for name in each]
@@ -124,9 +125,10 @@ class HookedModel(HookedRootModule):
             if incl_bwd:
                 record.differentiate(metric(out) if metric else out)
         inputs, self.inputs_seen = self.inputs_seen, None
+        kept = record.cuts.positions(inputs.n_pos) if inputs is not None else None
         if inputs is not None:
             inputs = inputs.with_roles(self.cfg, None if self.processor is None else self.processor.tokenizer)
-        cache = LlavaCache(record.stored, self, inputs=inputs, asked=frozenset(asked))
+        cache = LlavaCache(record.stored, self, inputs=inputs, asked=frozenset(asked), kept=kept)
         if remove_batch_dim:
             cache.remove_batch_dim()
         return out, cache if return_cache_object else cache.cache_dict
@@ -163,3 +165,7 @@ class HookedModel(HookedRootModule):
     def read_inputs(self, *args: Any, **kwargs: Any) -> Inputs:
         """What `forward` was given, as `Inputs`."""
         raise NotImplementedError
+
+
+def _cuts(logits_to_keep: int | Tensor) -> bool:
+    return isinstance(logits_to_keep, Tensor) or logits_to_keep != 0

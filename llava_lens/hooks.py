@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
+
+from llava_lens.errors import LensError
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 
@@ -64,6 +67,22 @@ class Hook(HookPoint):
         foreign = len(self._forward_hooks) != len(self.fwd_hooks) or bool(self._forward_pre_hooks)
         return foreign or any(not getattr(handle.user_hook, "only_reads", False) for handle in self.fwd_hooks)
 
+    def add_hook(self, hook: Any, dir: Any = "fwd", *args: Any, **kwargs: Any) -> Any:
+        """Attach a function, as in TransformerLens; what it returns is its own, whoever edits in place after it."""
+        return super().add_hook(self._guarded(hook) if dir == "fwd" else hook, dir, *args, **kwargs)
+
+    def _guarded(self, fn: Fn) -> Fn:
+        if getattr(fn, "only_reads", False):
+            return fn
+
+        @wraps(fn)
+        def guarded(act: Tensor, hook: Any) -> Any:
+            out = fn(act, hook=hook)
+            shared = isinstance(out, Tensor) and out is not act and len(self._forward_hooks) > 1
+            return out.clone() if shared else out  # a later in-place edit must not reach a tensor of the user's
+
+        return guarded  # type: ignore[return-value]
+
     def layer(self) -> int:
         """The block this hook sits in, in either tower; raises for a hook outside the blocks."""
         match = re.search(r"(?:^|\.)blocks\.(\d+)\.", self.name or "")
@@ -83,7 +102,9 @@ class Hook(HookPoint):
         y = super().__call__(x)
         if not isinstance(y, Tensor) or y.shape != x.shape:
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(f"a function on {self.name!r} returned {got}; expected {tuple(x.shape)} ({self.axes})")
+            raise LensError(f"a function on {self.name!r} returned {got}; expected {tuple(x.shape)} ({self.axes})")
+        if y.dtype != x.dtype:
+            raise LensError(f"a function on {self.name!r} returned {y.dtype}; expected {x.dtype}")
         return y
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +130,7 @@ class Hook(HookPoint):
             return y, False
         if copy is None or y is not copy:
             return y, True
-        return y, copy._version != version if version is not None else not torch.equal(copy, x)
+        return y, version != (None if version is None else copy._version) or not torch.equal(copy, x)
 
 
 def splice(fast: Tensor, slow: Tensor, before: Tensor, after: Tensor, over: int = 1) -> Tensor:

@@ -247,6 +247,8 @@ class HookedLlava(InputReader, HookedModel):
 
     def read_out(self, x: Float[Tensor, "batch pos d_model"], keep: int | Tensor = 0) -> Tensor:
         """Logits of the positions to keep (all for 0)."""
+        if isinstance(keep, int) and keep < 0:
+            raise LensError(f"logits_to_keep={keep}: expected how many of the last positions, or a tensor of positions")
         x = self.ln_final(x)
         x = x[:, -keep:] if isinstance(keep, int) and keep else x if isinstance(keep, int) else x[:, keep]
         return self.hook_logits(self.unembed(x))

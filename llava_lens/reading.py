@@ -73,7 +73,8 @@ class InputReader(TransformerLensSurface):
             raise LensError(f"expected Inputs, tokens or text, got {type(tokens).__name__}")
         tokens = tokens if tokens.ndim == 2 else tokens[None]
         pixel_values = self._held_pixels(tokens) if pixel_values is None else pixel_values
-        attention_mask = self._held_mask(tokens) if attention_mask is None else attention_mask
+        if attention_mask is None and self._resembles_held(tokens):
+            attention_mask = self._held_mask(tokens)
         return Inputs(tokens, pixel_values, attention_mask, roles).to(self.cfg.device)
 
     def _held_pixels(self, tokens: Tensor) -> Tensor | None:
@@ -81,6 +82,16 @@ class InputReader(TransformerLensSurface):
         if self._held is None or self._held.pixels is None or not bool((tokens == self.cfg.image_token_id).any()):
             return None
         return self._held.pixels.repeat(self._copies(tokens), 1, 1, 1)
+
+    def _resembles_held(self, tokens: Tensor) -> bool:
+        """Whether tokens have their pictures and padding where the inputs looked at have them."""
+        held = self._held
+        if held is None or held.n_pos != tokens.shape[1]:
+            return False
+        theirs = held.tokens.repeat(self._copies(tokens), 1).to(tokens.device)
+        same = (theirs == self.cfg.image_token_id) == (tokens == self.cfg.image_token_id)
+        mask = self._held_mask(tokens)
+        return bool(same.all()) and (mask is None or bool((theirs == tokens)[mask.to(tokens.device) == 0].all()))
 
     def _held_mask(self, like: Tensor) -> Tensor | None:
         """The padding of the inputs looked at, for tokens or a stream of their length."""

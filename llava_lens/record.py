@@ -36,6 +36,11 @@ class Cuts:
         which = "vision_pos_slice" if (hook.name or "").startswith(TOWER) else "pos_slice"
         return which, self.slices[which]
 
+    def positions(self, length: int) -> tuple[int, ...] | None:
+        """The decoder positions that stay, None for all."""
+        cut = self.slices["pos_slice"]
+        return None if cut.mode == "identity" else tuple(int(i) % length for i in np.ravel(cut.indices(length)))
+
     def count(self, hook: Hook, length: int) -> int:
         """How many of `length` positions stay; raises `LensError` for none, or one that is not there."""
         which, cut = self.of(hook)
@@ -55,6 +60,10 @@ class Cuts:
             return act
         self.count(hook, act.shape[axis])
         return cut.apply(act, dim=axis).clone()
+
+
+HANDED_ON = ("vision.hook_pixels", "hook_logits")
+"""Hooks whose tensors are the caller's, before or after the run: a cache holds copies of them."""
 
 
 class Recorder:
@@ -94,7 +103,7 @@ class Recorder:
             if same_tensor(source, act) and hook.axes == before.axes and tower:
                 return kept
         kept = self.cuts(act, hook).to(device=self.device, dtype=self.dtype)
-        if kept.untyped_storage().data_ptr() in self.owned:
+        if hook.name in HANDED_ON or kept.untyped_storage().data_ptr() in self.owned:
             kept = kept.clone(memory_format=torch.contiguous_format)
         self._last = (act, hook, kept)
         return kept

@@ -74,12 +74,8 @@ CLIP_TABLE: Table = (
     Row("tower:encoder.layers.{l}.mlp.fc2.{p}", "vision.blocks.{l}.mlp.out_proj.{p}"),
     Unused("tower:embeddings.position_ids"),
     Unused("tower:post_layernorm.{p}"),
-    Unused("text_model.{any}"),
-    Unused("text_projection.weight"),
-    Unused("visual_projection.weight"),
-    Unused("logit_scale"),
 )
-"""A CLIP checkpoint's vision half; its text half is left out."""
+"""CLIP's vision tower."""
 
 LLAVA_TABLE: Table = (
     *LLAMA_TABLE,

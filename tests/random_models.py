@@ -67,6 +67,7 @@ ODD: dict[str, dict[str, Any]] = {
     "full": {"vision_feature_select_strategy": "full"},
     "last_layer": {"vision_feature_layer": -1},
     "first_layer": {"vision_feature_layer": [0]},
+    "one_layer_list": {"vision_feature_layer": [-2]},
     "positive_layer": {"vision_feature_layer": 2},
     "layer_list": {"vision_feature_layer": [-2, 1]},
     "layer_list_full": {"vision_feature_layer": [3, -4, -1], "vision_feature_select_strategy": "full"},

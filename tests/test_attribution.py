@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from random_models import example, hf_llama, hf_llava
 from torch import Tensor
 
-from llava_lens import HookedLlava
+from llava_lens import HookedLlava, LlavaCache
 from llava_lens.analysis import Scores, log_prob_increase, mean_attention, names_for
 from llava_lens.analysis.readout import Readout, shift
 from llava_lens.errors import LensError
@@ -287,6 +288,23 @@ def test_positions_of_a_cut_cache_are_refused() -> None:
     torch.testing.assert_close(log_prob_increase(cut, by="head").values, log_prob_increase(whole, by="head").values)
     with pytest.raises(LensError, match="values of 1 positions, attention to 18"):
         log_prob_increase(cut, by="position")
+
+
+def test_positions_are_the_prompts_also_in_a_cut_cache(tmp_path: Path) -> None:
+    hf = hf_llava("plain")
+    model = HookedLlava.from_hf(hf)
+    with torch.no_grad():
+        _, cut = model.run_with_cache(**example(hf, (1,)), pos_slice=(10, 16))
+        _, whole = model.run_with_cache(**example(hf, (1,)))
+    ours, theirs = (log_prob_increase(cache, by="layer", position=12) for cache in (cut, whole))
+    assert ours.method["query"] == theirs.method["query"] == 12
+    torch.testing.assert_close(ours.values, theirs.values)
+    cut.save(tmp_path / "cut.safetensors")
+    again = log_prob_increase(LlavaCache.load(tmp_path / "cut.safetensors", model), by="layer", position=12)
+    torch.testing.assert_close(again.values, theirs.values)
+    for question in (lambda: log_prob_increase(cut, by="layer"), lambda: mean_attention(cut, 3)):
+        with pytest.raises(LensError, match=r"position \d+ is not among the 6 of 18 that the cache kept"):
+            question()
 
 
 # ---- Scores

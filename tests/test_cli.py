@@ -172,7 +172,7 @@ def bad_checkpoints(folder: Path, good: Path) -> dict[str, tuple[Any, str]]:
         "no model": (folder / "nowhere", "nowhere"),
         "empty folder": (copy("empty", **{p.stem: None for p in good.iterdir()}), "config.json"),
         "no weights": (copy("bare", model=None), "weights|safetensors"),
-        "damaged weights": (copy("damaged", model=weights[:5000]), "damaged|cut|bytes"),
+        "damaged weights": (copy("cut", model=weights[:5000]), "damaged or cut|not a safetensors|header|bytes"),
         "damaged configuration": (copy("json", config=b"{"), "config.json"),
         "damaged tokenizer": (copy("words", tokenizer=b"{}"), "cannot load|tokenizer"),
         "no tower": (copy("llama", config=json.dumps(plain).encode()), "the model has no vision"),

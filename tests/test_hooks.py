@@ -292,3 +292,72 @@ def test_cached_gradients_leave_the_hooks_clean(setting):
     assert out.requires_grad
     with pytest.raises(LensError, match="needs a scalar"):
         model.run_with_cache(**inputs, incl_bwd=True)
+
+
+def test_a_returned_tensor_stays_the_users_own(setting):
+    """A clean activation patched in and then edited in place by the next function keeps its values."""
+    model, inputs, logits, _ = setting
+    with torch.no_grad():
+        _, clean = model.run_with_cache(**inputs)
+    was = clean["resid_pre", 1].clone()
+
+    def patch(act, hook):
+        return clean[hook.name]
+
+    def wipe(act, hook):
+        act.zero_()
+
+    hooks = [("blocks.1.hook_resid_pre", patch), ("blocks.1.hook_resid_pre", wipe)]
+    with torch.no_grad():
+        assert not torch.equal(model.run_with_hooks(fwd_hooks=hooks, **inputs), logits)
+    assert torch.equal(clean["resid_pre", 1], was) and torch.equal(clean["resid_post", 0], was)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "blocks.1" in name or "ln_" in name])
+def test_edits_that_autograd_does_not_count_take_effect_too(setting, name):
+    model, inputs, logits, _ = setting
+
+    def through_data(act, hook):
+        act.data.clamp_(-9, 9).mul_(1.5).add_(0.3)
+
+    def through_numpy(act, hook):
+        act.numpy()[...] = act.numpy().clip(-9, 9) * 1.5 + 0.3
+
+    with torch.no_grad():
+        outs = [model.run_with_hooks(fwd_hooks=[(name, fn)], **inputs) for fn in (through_data, through_numpy)]
+    torch.testing.assert_close(*outs)
+    assert not torch.equal(outs[0], logits)
+
+
+def test_a_backward_hook_may_change_the_gradient(setting):
+    model, inputs, _, _ = setting
+    grads = []
+    for factor in (1.0, 0.0, 2.0):
+        pixels = inputs["pixel_values"].clone().requires_grad_()
+        with model.hooks(bwd_hooks=[("projector.hook_out", lambda grad, hook, factor=factor: grad * factor)]):
+            model(**{**inputs, "pixel_values": pixels})[:, -1, 3].sum().backward()
+        grads.append(pixels.grad)
+    assert not grads[1].any()
+    torch.testing.assert_close(grads[2], 2 * grads[0])
+
+
+def test_a_backward_hook_that_cannot_fire_raises(setting):
+    model = setting[0]
+    with (
+        pytest.raises(UnknownHook, match="never fired: no picture"),
+        model.hooks(bwd_hooks=[("vision.blocks.0.hook_resid_pre", lambda grad, hook: None)]),
+    ):
+        model(torch.tensor([[4, 5, 6]])).sum().backward()
+
+
+def test_another_dtype_is_refused_by_name(setting):
+    model, inputs, _, _ = setting
+    with pytest.raises(LensError, match=r"'blocks.0.hook_mlp_out' returned torch.float64; expected torch.float32"):
+        model.run_with_hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda act, hook: act.double())], **inputs)
+
+
+def test_a_name_given_twice_is_kept_once(setting):
+    model, inputs, _, _ = setting
+    with torch.no_grad():
+        _, cache = model.run_with_cache(**inputs, names_filter=["hook_embed", "hook_embed"])
+    assert list(cache.cache_dict) == ["hook_embed"]

@@ -291,3 +291,35 @@ def test_a_cache_knows_the_roles_that_the_tokens_tell():
         assert torch.equal(roles.positions("image"), slots) and roles.last == len(mask) - 1
         assert torch.equal(roles.positions("padding"), (~mask).nonzero()[:, 0])
         assert roles.patch_of(int(slots[5])) == (0, 1, 2)
+
+
+def test_what_a_cache_keeps_is_not_the_callers(model, inputs):
+    pixels = inputs["pixel_values"].clone()
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(**{**inputs, "pixel_values": pixels})
+        cache["vision.hook_pixels"].zero_()
+        assert torch.equal(pixels, inputs["pixel_values"])
+        logits.zero_()
+    assert cache["hook_logits"].any()
+
+
+def test_two_cuts_of_the_logits_are_refused(model, inputs):
+    with pytest.raises(LensError, match="both cut hook_logits"):
+        model.run_with_cache(**inputs, pos_slice=0, logits_to_keep=1)
+    with pytest.raises(LensError, match="logits_to_keep=-1: expected how many"):
+        model(**inputs, logits_to_keep=-1)
+
+
+def test_a_held_mask_is_for_the_prompt_it_came_with(model, inputs):
+    held = Inputs(inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"])
+    other = torch.full_like(held.tokens, 5)
+    with torch.no_grad():
+        alone = model(other)
+        with model.looking_at(held):
+            assert torch.equal(model(other), alone)
+            assert torch.equal(model(held.tokens), model(held))
+
+
+def test_a_loss_without_a_word_to_predict_raises(model):
+    with pytest.raises(LensError, match="needs two words in a row"):
+        model(torch.tensor([[5]]), return_type="loss")

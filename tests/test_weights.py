@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -330,3 +331,10 @@ def name_of(name: str) -> str:
         published(name, ["language_model.model.", "vision_tower.vision_model.", "multi_modal_projector."], LLAVA_TABLE)
         or ""
     )
+
+
+@pytest.mark.parametrize("key", ["text_model.encoder.layers.0.mlp.fc1.weight", "logit_scale"])
+def test_clips_text_half_has_no_place_in_a_llava(key: str) -> None:
+    """Only a separate tower's checkpoint may hold it."""
+    with pytest.raises(UnknownWeights, match=re.escape(key)):
+        rename(key)

@@ -104,7 +104,7 @@ def mean_attention(cache: LlavaCache, position: int = -1, *, row: int | None = N
         place = Place.of(cache, i, position)
         patterns = [place.pattern(layer) for layer in range(cache.model.cfg.n_layers)]
         mean = torch.stack([pattern.mean(0) for pattern in patterns]).mean(0)
-        method = {"score": "mean attention", "query": place.query}
+        method = {"score": "mean attention", "query": place.in_prompt}
         each.append(
             Scores(mean, ("position",), place.labels, "", method, abs(float(mean.sum()) - 1), place.roles_or_none)
         )

@@ -35,17 +35,27 @@ class Place:
 
     @classmethod
     def of(cls, cache: LlavaCache, row: int, position: int) -> Place:
-        """Resolve a position: -1 is the last that is not padding, other negative ones count from the row's end."""
+        """Resolve a position: -1 is the last that is not padding, other negative ones count from the row's end.
+
+        Positions are the prompt's, also where the cache kept only some of them.
+        """
         place = cls(cache, row, 0)
-        n = place.entry(next(name for name in PER_POSITION if name in cache)).shape[-2]
+        held, roles = place.entry(next(name for name in PER_POSITION if name in cache)).shape[-2], place.roles
+        n = held if roles is None else len(roles)
         if not -n <= position < n:
             raise LensError(f"position {position}; expected {-n} … {n - 1}")
-        roles = place.roles
-        whole = roles is not None and len(roles) == n
-        query = roles.last if whole and position == -1 and roles is not None else position % n
-        if whole and roles is not None and roles.labels[query] == "padding":
+        query = roles.last if roles is not None and position == -1 else position % n
+        if roles is not None and roles.labels[query] == "padding":
             raise LensError(f"position {position} of row {row} is padding")
-        return cls(cache, row, query)
+        kept = tuple(range(held)) if cache.kept is None else cache.kept
+        if len(kept) != held or (cache.kept is None and held != n) or query not in kept:
+            raise LensError(f"position {query} is not among the {held} of {n} that the cache kept: widen its pos_slice")
+        return cls(cache, row, kept.index(query))
+
+    @property
+    def in_prompt(self) -> int:
+        """The query's position in the prompt."""
+        return self.query if self.cache.kept is None else self.cache.kept[self.query]
 
     @property
     def n_layers(self) -> int:
@@ -144,7 +154,7 @@ class Query(Place):
         """What every result says of itself."""
         word = self.cache.model.token_string(self.token) if self.cache.model.processor is not None else None
         facts = {"score": "log-probability increase", "answer": word, "answer_id": self.token}
-        return {**facts, "query": self.query, "norm_scale": self.readout.scale}
+        return {**facts, "query": self.in_prompt, "norm_scale": self.readout.scale}
 
 
 def answer_id(model: Any, answer: int | str) -> int:
