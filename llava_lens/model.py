@@ -166,7 +166,8 @@ class HookedLlava(InputReader, HookedModel):
         continuing = past_kv_cache is not None and past_kv_cache.length > 0
         past_and_new = named.pop("attention_mask", None) if continuing else None
         if start_at_layer is None:
-            inputs = self.inputs_seen = self.read_inputs(input, **named)
+            inputs = self.read_inputs(input, **named)
+            self.inputs_seen = inputs if self.is_caching else None  # a plain run holds on to no pictures
             x, tokens, attention_mask = self.embed_inputs(inputs), inputs.tokens, inputs.attention_mask
         else:
             self.inputs_seen = None
