@@ -1,14 +1,14 @@
 """`Scores`: numbers with named axes, the labels along them, and what produced them.
 
-Unusual: how far a sum that must close misses (`closure`) and how the numbers came about (`method`) travel with them,
-into every table, file and picture.
+Unusual: how far a sum that must close misses (`closure`), how the numbers came about (`method`) and how sure they are
+(`low`, `high`) travel with them, into every table, file and picture.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from llava_lens.analysis import combine
+from llava_lens.analysis.tables import frame, shown
 from llava_lens.errors import LensError, nearest
 from llava_lens.roles import Roles
 
@@ -37,7 +39,8 @@ class Scores:
 
     `labels` names the places along an axis (0, 1, … where it has none). `closure` is the error of the sum that must
     close, in `unit`; None where none must. `roles` belong to the axis `position`, one entry per row of the axis
-    `batch` where there is one. Raises `LensError` where axes and values disagree.
+    `batch` where there is one. `low` and `high` are the ends of each value's 95 % interval, None where there is none.
+    Raises `LensError` where axes, values and intervals disagree.
 
     >>> scores = Scores(torch.tensor([[0.5, -1.0], [2.0, 0.0]]), ("layer", "head"), unit="nats")
     >>> scores.top(1)
@@ -55,6 +58,8 @@ class Scores:
     method: Mapping[str, Any] = field(default_factory=dict)
     closure: float | None = None
     roles: tuple[Roles, ...] | None = None
+    low: Shaped[Tensor, "..."] | None = None
+    high: Shaped[Tensor, "..."] | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != len(self.axes) or len(set(self.axes)) != len(self.axes):
@@ -62,7 +67,17 @@ class Scores:
         for axis, names in self.labels.items():
             if len(names) != self.length(axis):
                 raise LensError(f"{len(names)} labels for the {self.length(axis)} places of {axis!r}")
+        if (self.low is None) != (self.high is None):
+            raise LensError(
+                f"{'high without low' if self.low is None else 'low without high'}; expected both or neither"
+            )
         object.__setattr__(self, "values", self.values.detach().cpu())
+        for name, end in (("low", self.low), ("high", self.high)):
+            if end is not None and end.shape != self.values.shape:
+                raise LensError(
+                    f"{name} of {list(end.shape)} for values {list(self.values.shape)}; expected one per value"
+                )
+            object.__setattr__(self, name, None if end is None else end.detach().cpu())
 
     def axis(self, name: str) -> int:
         """The number of an axis; raises `LensError` with the names there are."""
@@ -93,11 +108,16 @@ class Scores:
         kept = tuple(axis for axis, place in zip(self.axes, index, strict=True) if isinstance(place, slice))
         return replace(
             self,
-            values=self.values[tuple(index)],
+            **self._moved(lambda values: values[tuple(index)]),
             axes=kept,
             labels={axis: names for axis, names in labels.items() if axis in kept},
             roles=self._roles_at(places),
         )
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Values and intervals, all moved in the same way."""
+        held = {"values": self.values, "low": self.low, "high": self.high}
+        return {name: move(tensor) for name, tensor in held.items() if tensor is not None}
 
     def _roles_at(self, places: Mapping[str, int | slice]) -> tuple[Roles, ...] | None:
         if self.roles is None or isinstance(places.get("position"), slice):
@@ -106,13 +126,31 @@ class Scores:
         return self.roles[row] if isinstance(row, slice) else (self.roles[row],)
 
     def sum(self, *axes: str) -> Scores:
-        """The scores summed over some axes (all for none)."""
+        """The scores summed over some axes (all for none), without intervals: those do not add up."""
         names = axes or self.axes
         summed = self.values.sum(tuple(self.axis(name) for name in names)) if names else self.values
-        kept = tuple(axis for axis in self.axes if axis not in names)
-        return replace(
-            self, values=summed, axes=kept, labels={a: names for a, names in self.labels.items() if a in kept}
-        )
+        return replace(self, values=summed, **combine.without(self, names), low=None, high=None)
+
+    def mean(self, axis: str | Sequence[str] = "batch", *, seed: int = 0) -> Scores:
+        """The mean over an axis, with its 95 % bootstrap interval (`intervals.bootstrap`): the axis is the sample.
+
+        Of several axes the first is the sample, and each of its places counts as the mean over the others. `method`
+        gains `n`, the size of the sample; with one there is no interval. The same rows are drawn for every cell, and
+        for other scores with this `n` and `seed`. A cell that is NaN everywhere (not swept) stays NaN. Roles stay, as
+        one, where all rows have the same. Raises `LensError` for other numbers that are not finite.
+
+        >>> Scores(torch.tensor([[1.0], [3.0]]), ("batch", "layer")).mean().values
+        tensor([2.])
+        """
+        return combine.mean(self, (axis,) if isinstance(axis, str) else tuple(axis), seed)
+
+    def __sub__(self, other: Scores) -> Scores:
+        """The differences, place by place, without intervals; `(a - b).mean()` gives those of paired differences.
+
+        `method` is the first one's; its `minus` holds what differs in the second's. The closure is at most the sum of
+        both. Raises `LensError` where axes, labels or units differ.
+        """
+        return combine.difference(self, other) if isinstance(other, Scores) else NotImplemented
 
     def top(self, k: int = 10) -> list[Entry]:
         """The `k` highest scores, highest first; those that are not a number are left out."""
@@ -137,21 +175,25 @@ class Scores:
         places = [roles.patch_positions(image) for roles in self.roles]
         if len({tuple(p.shape) for p in places}) > 1:
             raise LensError("the rows of this batch have different patch grids; take one row at a time")
-        moved = self.values.movedim(self.axis("position"), -1)
-        if "batch" in self.axes:
-            batch = self.axis("batch") - (self.axis("position") < self.axis("batch"))
-            rows = zip(moved.movedim(batch, 0), places, strict=True)
-            grid = torch.stack([row[..., own] for row, own in rows]).movedim(0, batch)
-        else:
-            grid = moved[..., places[0]]
         axes = (*(axis for axis in self.axes if axis != "position"), "row", "col")
-        return replace(self, values=grid, axes=axes, labels={a: n for a, n in self.labels.items() if a != "position"})
+        labels = {axis: names for axis, names in self.labels.items() if axis != "position"}
+        return replace(self, **self._moved(lambda values: self._patches(values, places)), axes=axes, labels=labels)
+
+    def _patches(self, values: Tensor, places: Sequence[Tensor]) -> Tensor:
+        """Values of positions as those of patches, `[…, row, col]`; each row of a batch has its own places."""
+        moved = values.movedim(self.axis("position"), -1)
+        if "batch" not in self.axes:
+            return moved[..., places[0]]
+        batch = self.axis("batch") - (self.axis("position") < self.axis("batch"))
+        rows = zip(moved.movedim(batch, 0), places, strict=True)
+        return torch.stack([row[..., own] for row, own in rows]).movedim(0, batch)
 
     # Files and tables
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain lists, numbers and strings; a score that is not a number becomes None."""
-        if bool(self.values.isinf().any()):
+        numbers = self._moved(lambda values: values)
+        if any(bool(values.isinf().any()) for values in numbers.values()):
             raise LensError("infinite scores cannot be written as JSON")
         return {
             "axes": list(self.axes),
@@ -161,20 +203,26 @@ class Scores:
             "method": dict(self.method),
             "closure": self.closure,
             "roles": None if self.roles is None else [json.loads(roles.to_json()) for roles in self.roles],
+            "low": None if self.low is None else _plain(self.low.tolist()),
+            "high": None if self.high is None else _plain(self.high.tolist()),
         }
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> Scores:
         """The scores that `to_json` wrote, as float64."""
         roles = facts["roles"]
+        held = {name: facts.get(name) for name in ("values", "low", "high")}  # older files have no intervals
+        numbers = {
+            name: torch.tensor(_numbers(each), dtype=torch.float64) for name, each in held.items() if each is not None
+        }
         return cls(
-            values=torch.tensor(_numbers(facts["values"]), dtype=torch.float64),
             axes=tuple(facts["axes"]),
             labels={axis: tuple(names) for axis, names in facts["labels"].items()},
             unit=facts["unit"],
             method=facts["method"],
             closure=facts["closure"],
             roles=None if roles is None else tuple(Roles.from_json(json.dumps(each)) for each in roles),
+            **numbers,
         )
 
     def save(self, path: str | Path) -> None:
@@ -186,14 +234,15 @@ class Scores:
         """Read a JSON file that `save` wrote."""
         return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
 
+    def to_frame(self) -> Any:
+        """A pandas frame with one row per score: a column of labels per axis, `score`, and `low` and `high` if any.
+
+        Raises `LensError` where pandas is not installed.
+        """
+        return frame(self)
+
     def __repr__(self) -> str:
-        shape = " × ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.values.shape, strict=True))
-        said = ", ".join(f"{key} {_brief(value)}" for key, value in self.method.items())
-        head = f"Scores[{shape}]" + (f" in {self.unit}" if self.unit else "") + (f": {said}" if said else "")
-        rows = [(*map(str, entry.labels), f"{entry.value:+.4g}") for entry in self.top(5)]
-        table = _table([(*self.axes, "score"), *rows]) if self.axes else f"{float(self.values):+.4g}"
-        closes = "" if self.closure is None else f"\nthe sum closes to {self.closure:.1e} {self.unit}".rstrip()
-        return f"{head}\n{table}{closes}"
+        return shown(self)
 
 
 def _plain(values: Any) -> Any:
@@ -206,26 +255,20 @@ def _numbers(values: Any) -> Any:
     return [_numbers(value) for value in values] if isinstance(values, list) else math.nan if values is None else values
 
 
-def _brief(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
 def stacked(each: Sequence[Scores]) -> Scores:
     """Scores of the rows of a batch as one, with an axis `batch` in front; what differs between them becomes a list."""
     first = each[0]
     common = {axis: names for axis, names in first.labels.items() if all(s.labels.get(axis) == names for s in each)}
-    method = {
-        key: value if all(s.method[key] == value for s in each) else [s.method[key] for s in each]
-        for key, value in first.method.items()
-    }
+    method = {}
+    for key in dict.fromkeys(key for s in each for key in s.method):
+        facts = [s.method.get(key) for s in each]
+        method[key] = facts[0] if all(fact == facts[0] for fact in facts) else facts
     closures = [s.closure for s in each if s.closure is not None]
     roles = None if first.roles is None else tuple(r for s in each for r in s.roles or ())
+    low, high = (
+        torch.stack([end for end in ends if end is not None]) if all(end is not None for end in ends) else None
+        for ends in ([s.low for s in each], [s.high for s in each])
+    )
     return Scores(
         values=torch.stack([s.values for s in each]),
         axes=("batch", *first.axes),
@@ -234,4 +277,6 @@ def stacked(each: Sequence[Scores]) -> Scores:
         method=method,
         closure=max(closures) if closures else None,
         roles=roles,
+        low=low,
+        high=high,
     )
