@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from PIL import Image
 from llava_lens import HookedLlava
 from llava_lens.analysis import Explanation, Scores, explain
 from llava_lens.errors import LensError
-from llava_lens.plots import explanation_figure, heads_map, new_figure, overlay, png
+from llava_lens.plots import curves, explanation_figure, grid, heads_map, new_figure, overlay, plot, png
 from llava_lens.tiny import render_scene
 
 SIZES = {"square": (256, 256), "landscape": (400, 160), "portrait": (150, 420)}
@@ -134,3 +136,177 @@ def test_matplotlib_is_imported_when_something_is_drawn_and_no_global_figure_is_
     code += "assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert new_figure(2, 1).get_size_inches().tolist() == [2, 1]
+
+
+# ---- heat maps
+
+
+def ticks(axis: Any) -> list[tuple[float, str]]:
+    return [(float(tick.get_loc()), tick.label1.get_text()) for tick in axis.get_major_ticks()]
+
+
+def clear_of_each_other(figure: Any, axis: Any) -> bool:
+    """No tick label runs into another one: labels that are turned by 45° stand a line apart instead."""
+    figure.canvas.draw()
+    texts = [tick.label1 for tick in axis.get_major_ticks()]
+    boxes = [text.get_window_extent() for text in texts]
+    if texts[0].get_rotation():
+        step = min(abs(b.x1 - a.x1) for a, b in pairwise(boxes))
+        return step / 2**0.5 > texts[0].get_fontsize() * figure.dpi / 72
+    return not any(a.overlaps(b) for a, b in pairwise(boxes))
+
+
+def named_grid() -> Scores:
+    values = torch.tensor([[1.0, 2.0, math.nan], [0.5, 0.0, 1.5]])
+    labels = {
+        "source": ("image", "question"),
+        "destination": ("mlp", "a very long name of a place, much too long", "$x$\n"),
+    }
+    return Scores(values, ("source", "destination"), labels, "probability")
+
+
+def test_a_grid_names_its_places_and_leaves_missing_cells_grey() -> None:
+    figure = grid(named_grid(), title="knockout")
+    ax, bar = figure.axes
+    assert ticks(ax.yaxis) == [(0, "image"), (1, "question")]
+    assert [name for _, name in ticks(ax.xaxis)] == ["mlp", "a very long name of a p…", r"\$x\$\n"]
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title()) == ("destination", "source", "knockout")
+    assert bar.get_ylabel() == "probability" and ax.images[0].get_clim() == (0, 2)
+    assert ax.xaxis.get_major_ticks()[0].label1.get_rotation() == 45 and clear_of_each_other(figure, ax.xaxis)
+    assert pixel(figure, 2, 0).tolist() == [183] * 3 and len(set(pixel(figure, 1, 0).tolist())) == 3
+
+
+def test_layers_count_from_the_bottom_and_other_axes_from_the_top() -> None:
+    by_layer = Scores(torch.tensor([[0.0, 0.0], [-1.0, 1.0]]), ("layer", "head"))
+    for scores, up in ((by_layer, True), (replace(by_layer, axes=("part", "head")), False)):
+        ax = grid(scores).axes[0]
+        assert (ax.transData.transform((0, 1))[1] > ax.transData.transform((0, 0))[1]) == up
+        assert ax.images[0].get_clim() == (-1, 1) and ax.images[0].get_cmap().name == "RdBu_r"
+
+
+def test_many_places_get_few_ticks_and_numbers_for_names() -> None:
+    names = {"position": tuple(f"patch ({i // 24}, {i % 24})" for i in range(616))}
+    figure = grid(Scores(torch.rand(32, 616), ("layer", "position"), names))
+    ax = figure.axes[0]
+    across, up = ticks(ax.xaxis), ticks(ax.yaxis)
+    assert across[:2] == [(0, "0"), (50, "50")] and across[-1] == (600, "600")
+    assert 5 < len(up) <= 32 and clear_of_each_other(figure, ax.xaxis) and clear_of_each_other(figure, ax.yaxis)
+    some = grid(
+        Scores(torch.rand(27, 2), ("layer", "head"), {"layer": tuple(range(5, 32))}), ax=new_figure(3, 2).subplots()
+    )
+    assert ticks(some.axes[0].yaxis)[0] == (0, "5") and ticks(some.axes[0].yaxis)[1] == (5, "10")
+    uneven = grid(Scores(torch.rand(3, 2), ("layer", "head"), {"layer": (3, 8, 31)}))
+    assert ticks(uneven.axes[0].yaxis) == [(0, "3"), (1, "8"), (2, "31")]
+
+
+def test_no_cell_is_lost_where_there_are_more_than_pixels() -> None:
+    values = torch.zeros(2, 4000)
+    values[:, ::2] = 1.0
+    ax = new_figure(3, 2).subplots()
+    figure = grid(Scores(values, ("layer", "position")), ax=ax)
+    shades = np.array([pixel(figure, x, 0) for x in range(200, 3800, 90)])
+    assert np.ptp(shades, 0).max() < 60, "half of the cells are 1 everywhere, so that every pixel is halfway"
+
+
+# ---- curves
+
+
+def swept(n: int = 12, unit: str = "nats", **labels: Any) -> Scores:
+    rows = torch.randn(20, n, generator=torch.Generator().manual_seed(0))
+    return Scores(rows, ("batch", "layer"), labels, unit).mean()
+
+
+def legend(figure: Any) -> list[str]:
+    found = figure.axes[0].get_legend()
+    return [] if found is None else [text.get_text() for text in found.get_texts()]
+
+
+def test_curves_draw_values_bands_and_a_baseline() -> None:
+    from matplotlib.collections import PolyCollection
+
+    one, two = swept(), replace(swept(), low=None, high=None)
+    figure = curves({"patches": one, "text": two}, title="by layer", baseline=("clean", 0.5))
+    ax = figure.axes[0]
+    assert [line.get_label() for line in ax.lines if str(line.get_label())[0] != "_"] == ["patches", "text", "clean"]
+    assert np.allclose(np.asarray(ax.lines[0].get_ydata()), one.values) and ax.lines[0].get_marker() == "o"
+    assert ax.lines[0].get_color() != ax.lines[1].get_color() and ax.lines[0].get_marker() != ax.lines[1].get_marker()
+    bands = [each for each in ax.collections if isinstance(each, PolyCollection)]
+    corners = np.asarray(bands[0].get_paths()[0].vertices)
+    assert len(bands) == 1 and one.low is not None and one.high is not None
+    assert corners[:, 1].min() == pytest.approx(float(one.low.min()))
+    assert corners[:, 1].max() == pytest.approx(float(one.high.max()))
+    assert legend(figure) == ["patches", "text", "clean", "95 % interval\nof the mean, n = 20"]
+    dashed = next(line for line in ax.lines if line.get_label() == "clean")
+    assert dashed.get_linestyle() == "--" and np.asarray(dashed.get_ydata()).tolist() == [0.5, 0.5]
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title()) == ("layer", "nats", "by layer")
+    assert legend(curves(two)) == [] and legend(curves(two, baseline=1)) == ["baseline"]
+    figure.canvas.draw()
+    assert not ax.get_legend().get_window_extent().overlaps(ax.get_window_extent())  # type: ignore[union-attr]
+
+
+def test_the_second_axis_becomes_the_curves() -> None:
+    scores = Scores(torch.arange(6.0).reshape(3, 2), ("part", "head"), {"part": ("attn", "mlp", "both")})
+    figure = curves(scores)
+    assert legend(figure) == ["head 0", "head 1"] and ticks(figure.axes[0].xaxis) == [
+        (0, "attn"),
+        (1, "mlp"),
+        (2, "both"),
+    ]
+    assert np.asarray(figure.axes[0].lines[1].get_ydata()).tolist() == [1, 3, 5]
+    assert legend(curves(replace(scores, labels={"head": ("the", "the")}))) == ["the (0)", "the (1)"]
+
+
+def test_layers_stand_at_their_numbers() -> None:
+    ax = curves(swept(4, layer=(0, 1, 8, 31))).axes[0]
+    assert np.asarray(ax.lines[0].get_xdata()).tolist() == [0, 1, 8, 31]
+    assert ticks(ax.xaxis) == [(0, "0"), (1, "1"), (8, "8"), (31, "31")]
+    long = curves(Scores(torch.rand(616), ("position",)))
+    assert ticks(long.axes[0].xaxis)[1] == (50, "50") and clear_of_each_other(long, long.axes[0].xaxis)
+
+
+def test_a_place_that_stands_alone_keeps_its_interval() -> None:
+    from matplotlib.collections import LineCollection
+
+    scores = swept(3)
+    holed = replace(scores, values=torch.tensor([1.0, math.nan, 2.0]))
+    bars = [each for each in curves(holed).axes[0].collections if isinstance(each, LineCollection)]
+    assert scores.low is not None and scores.high is not None
+    ends = [[float(scores.low[i]), float(scores.high[i])] for i in (0, 2)]
+    assert np.allclose([segment[:, 1] for segment in bars[0].get_segments()], ends)
+
+
+def test_plot_draws_one_axis_as_curves_and_two_as_a_grid() -> None:
+    assert plot(swept(), title="one").axes[0].lines and plot(named_grid()).axes[0].images
+    figure = new_figure(6, 3)
+    left, right = figure.subplots(1, 2)
+    assert plot(swept(), ax=left) is figure and plot(named_grid(), ax=right) is figure
+
+
+def test_what_no_chart_can_show_is_refused() -> None:
+    three = Scores(torch.zeros(2, 2, 2), ("layer", "batch", "head"))
+    said = r"3 axes \(layer, batch, head\); expected {}: sum or pick batch, scores.mean\('batch'\) or scores\[{{'batch'"
+    for draw, expected in ((plot, "one or two"), (grid, "two")):
+        with pytest.raises(LensError, match=said.format(expected)):
+            draw(three)
+    with pytest.raises(LensError, match=r"expected one or two: sum or pick batch and layer, "):
+        curves(three)
+    with pytest.raises(
+        LensError, match=r"'a' has 3 axes \(layer, batch, head\); expected one: sum or pick batch and layer"
+    ):
+        curves({"a": three})
+    with pytest.raises(LensError, match="expected one or two: this is a single number"):
+        plot(three.sum())
+    with pytest.raises(LensError, match=r"draw them over the picture: overlay\(scores, image, roles\)"):
+        plot(grid_of(1, 1))
+    with pytest.raises(LensError, match=r"sum or pick layer, .*; overlay draws patches \(row, col\)"):
+        plot(replace(three, axes=("layer", "row", "col")))
+    with pytest.raises(LensError, match="9 curves; expected 1 … 8: pick some, or draw two axes with grid"):
+        curves(Scores(torch.zeros(2, 9), ("layer", "head")))
+    with pytest.raises(LensError, match="0 curves"):
+        curves({})
+    with pytest.raises(
+        LensError, match=r"'b' is layer 0 … 2 \(3 places\) in nats, 'a' layer 0 … 11 \(12 places\) in nats; "
+    ):
+        curves({"a": swept(), "b": swept(3)})
+    with pytest.raises(LensError, match=r"in no unit, 'a' .* in nats; expected the same axis, labels and unit"):
+        curves({"a": swept(), "b": swept(unit="")})

@@ -1,12 +1,7 @@
-"""Pictures of scores: maps over the original picture, and the one page that explains an answer.
-
-Unusual: matplotlib is imported inside the functions and only as `Figure` objects, so importing this file costs
-nothing, no display is needed and no global figure is touched.
-"""
+"""Scores over the original picture, and the one page that explains an answer."""
 
 from __future__ import annotations
 
-import io
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +12,14 @@ from llava_lens.analysis.explanation import Explanation
 from llava_lens.analysis.scores import Scores
 from llava_lens.errors import LensError
 from llava_lens.images import load_image
+from llava_lens.plots.canvas import colour_limits, new_figure, plain, png
+from llava_lens.plots.charts import heads_map
 from llava_lens.roles import Roles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SIGNED, UNSIGNED = "RdBu_r", "viridis"
-"""Colour maps for scores with a sign (centred on zero) and without; both are safe for colour-blind readers."""
 OVER = 0.75
 """Opacity of a map over the grey picture."""
 LARGEST = 1200
@@ -58,7 +53,7 @@ def overlay(
     _draw_picture(ax, _grey(picture), roles, index)
     left, top, right, bottom = roles.region(index)
     values = grid.values.numpy()
-    colours = _colours(values, signed=grid.unit == "nats")
+    colours = colour_limits(values, signed=grid.unit == "nats")
     drawn = ax.imshow(values, extent=(left, right, bottom, top), alpha=OVER, interpolation="nearest", **colours)
     _frame(ax, roles, index)
     _outline(ax, roles, grid, index)
@@ -67,25 +62,6 @@ def overlay(
     )
     bar.locator = MaxNLocator(5)
     bar.update_ticks()
-    ax.set_title(title, fontsize=10)
-    return figure
-
-
-def heads_map(heads: Scores, *, ax: Axes | None = None, marked: Any = (), title: str = "") -> Figure:
-    """Draw scores `[layer, head]` as a heat map; `marked` heads (layer, head) get a dot."""
-    if heads.axes != ("layer", "head"):
-        raise LensError(f"scores with the axes {heads.axes}; expected ('layer', 'head')")
-    ax = ax or new_figure(5.0, 4.0).subplots()
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    values = heads.values.numpy()
-    drawn = ax.imshow(values, aspect="auto", origin="lower", interpolation="nearest", **_colours(values, signed=True))
-    places = np.array(list(marked)).reshape(-1, 2)
-    ax.scatter(places[:, 1], places[:, 0], s=9, color="black", marker="o", linewidths=0)
-    for axis, label, size in ((ax.xaxis, "head", values.shape[1]), (ax.yaxis, "layer", values.shape[0])):
-        axis.set_label_text(label)
-        axis.set_ticks(range(0, size, -(-size // 8)))
-    figure.colorbar(drawn, ax=ax, pad=0.02, label=heads.unit or None)
     ax.set_title(title, fontsize=10)
     return figure
 
@@ -110,16 +86,16 @@ def explanation_figure(explanation: Explanation, image: Any) -> Figure:
     _outline(scene, roles, patches, 0)
     scene.set_title("the picture; outlined: strongest patch", fontsize=10)
     overlay(e.patch_attention(), picture, roles, ax=attention, title="mean attention (all heads)")
-    overlay(patches, picture, roles, ax=increase, title=f"log-probability increase of “{_plain(e.answer)}”")
+    overlay(patches, picture, roles, ax=increase, title=f"log-probability increase of “{plain(e.answer)}”")
     marked = [entry.place for entry in e.top_heads]
     heads_map(e.heads, ax=heads, marked=marked, title="increase by head (dots: the highest)")
     text.set_axis_off()
     facts = _wrapped(e.findings(), int(2 * width * 12.5))
     text.text(0, 1, facts, va="top", ha="left", fontsize=8.5, family="monospace", transform=text.transAxes)
     columns = int(3 * width * 9)
-    title = textwrap.fill(_plain(e.question), columns, max_lines=4, placeholder=" …")
-    said = textwrap.shorten(_plain(e.text or e.answer), columns - 24, placeholder=" …")
-    figure.suptitle(f"{title}\n→ {said}    p(“{_plain(e.answer)}”) = {e.probability:.3f}", fontsize=12)
+    title = textwrap.fill(plain(e.question), columns, max_lines=4, placeholder=" …")
+    said = textwrap.shorten(plain(e.text or e.answer), columns - 24, placeholder=" …")
+    figure.suptitle(f"{title}\n→ {said}    p(“{plain(e.answer)}”) = {e.probability:.3f}", fontsize=12)
     return figure
 
 
@@ -128,31 +104,9 @@ def explanation_png(explanation: Explanation, image: Any, dpi: int = 110) -> byt
     return png(explanation_figure(explanation, image), dpi)
 
 
-def png(figure: Figure, dpi: int = 110) -> bytes:
-    """A figure as the bytes of a PNG file."""
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=dpi, metadata={"Software": "llava-lens"})
-    return out.getvalue()
-
-
-def new_figure(width: float | int, height: float | int) -> Figure:
-    """An empty figure of this size in inches that belongs to no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _wrapped(text: str, columns: int) -> str:
     """Lines no longer than `columns`, what is left of one indented below it."""
-    return "\n".join(textwrap.fill(_plain(line), columns, subsequent_indent=" " * 8) for line in text.splitlines())
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib takes literally, without mathematics."""
-    return text.replace("$", r"\$")
+    return "\n".join(textwrap.fill(plain(line), columns, subsequent_indent=" " * 8) for line in text.splitlines())
 
 
 def _panel(roles: Roles, index: int) -> tuple[float, float]:
@@ -212,12 +166,3 @@ def _outline(ax: Axes, roles: Roles, grid: Scores, index: int) -> None:
     left, top, right, bottom = roles.box_of_patch(row, col, index)
     for color, width in (("white", 3.2), ("black", 1.4)):
         ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=color, linewidth=width))
-
-
-def _colours(values: np.ndarray, signed: bool = False) -> dict[str, Any]:
-    """Colour map and limits: centred on zero where there is a sign, from zero where there is none."""
-    finite = values[np.isfinite(values)]
-    largest = float(np.abs(finite).max()) if finite.size and np.abs(finite).max() > 0 else 1.0
-    if signed or (finite < 0).any():
-        return {"cmap": SIGNED, "vmin": -largest, "vmax": largest}
-    return {"cmap": UNSIGNED, "vmin": 0.0, "vmax": largest}
