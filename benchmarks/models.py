@@ -1,0 +1,173 @@
+"""Random LLaVAs of several sizes, and studies on them: a clean and a corrupt prompt, a metric, an exact twin."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from llava_lens import HookedLlava, Inputs
+
+FIRST_WORD = 4
+"""Token ids below are `<pad> <s> </s> <unk>`; the last id of the vocabulary is `<image>`."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's and a prompt's dimensions; `before`, `question` and `after` count the prompt's words."""
+
+    name: str
+    layers: int
+    d_model: int
+    d_mlp: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    grid: int
+    tower_layers: int
+    tower_d_model: int
+    tower_heads: int
+    images: int = 1
+    before: int = 4
+    question: int = 12
+    after: int = 7
+
+    @property
+    def image_token(self) -> int:
+        return self.vocab - 1
+
+    @property
+    def positions(self) -> int:
+        """Length of the prompt, `<s>` included."""
+        return 1 + self.before + self.images * self.grid**2 + self.question + self.after
+
+    def __str__(self) -> str:
+        shape = f"{self.layers} layers, d_model {self.d_model}, {self.heads} heads, vocabulary {self.vocab}"
+        return f"{self.name}: {shape}, {self.positions} positions ({self.images} × {self.grid**2} of images)"
+
+
+SIZES = {
+    "toy": Size("toy", 3, 64, 112, 4, 2, 97, 3, 3, 48, 3, before=2, question=5, after=2),
+    "bench": Size("bench", 8, 384, 1024, 8, 8, 8192, 8, 3, 96, 2),
+}
+"""The tower of `bench` takes a few per cent of a forward, as the real one's does."""
+
+
+@torch.no_grad()
+def shake(model: torch.nn.Module, seed: int = 0) -> None:
+    """Random weights large enough that every part matters, gains and biases included."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator).to(weight)
+        gain = "norm" in name and name.endswith("weight")
+        weight.copy_(1 + 0.2 * noise if gain else noise * (0.1 if weight.ndim == 1 else 1.2 / weight.shape[-1] ** 0.5))
+
+
+@lru_cache(maxsize=2)
+def build(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """A random `LlavaForConditionalGeneration` with sdpa attention; equal sizes give equal weights."""
+    text = LlamaConfig(
+        vocab_size=size.vocab,
+        hidden_size=size.d_model,
+        intermediate_size=size.d_mlp,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+    )
+    tower = CLIPVisionConfig(
+        hidden_size=size.tower_d_model,
+        intermediate_size=4 * size.tower_d_model,
+        num_hidden_layers=size.tower_layers,
+        num_attention_heads=size.tower_heads,
+        image_size=8 * size.grid,
+        patch_size=8,
+    )
+    config = LlavaConfig(
+        text_config=text, vision_config=tower, image_token_index=size.image_token, image_seq_length=size.grid**2
+    )
+    config.architectures = ["LlavaForConditionalGeneration"]
+    model: Any = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    shake(model)
+    return model.eval().to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """Two prompts of one length on one model, and two tokens whose logits are compared."""
+
+    size: Size
+    hf: Any
+    model: HookedLlava
+    clean: Inputs
+    corrupt: Inputs
+    a: int
+    b: int
+
+    def metric(self, last: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, ""]:
+        """The difference of the two tokens' logits at the last position."""
+        return last[0, self.a] - last[0, self.b]
+
+    @cached_property
+    def exact(self) -> HookedLlava:
+        """The same weights in float64."""
+        return HookedLlava.from_hf(copy.deepcopy(self.hf).double())
+
+    @property
+    def image(self) -> list[int]:
+        """The positions of all pictures."""
+        return self.corrupt.positions("image").tolist()
+
+    @property
+    def words(self) -> list[int]:
+        """The positions of the question's words."""
+        start = 1 + self.size.before + self.size.images * self.size.grid**2
+        return list(range(start, start + self.size.question))
+
+
+def make_study(size: Size, differ: Literal["picture", "words"] = "picture", device: str = "cpu") -> Study:
+    """Clean and corrupt differ in the picture alone, or in three words of the question alone."""
+    hf = build(size, device)
+    model = HookedLlava.from_hf(hf)
+    generator = torch.Generator().manual_seed(1)
+    tokens = prompt(size, generator)
+    pixels = torch.randn(size.images, 3, 8 * size.grid, 8 * size.grid, generator=generator)
+    other_tokens, other_pixels = tokens.clone(), pixels
+    if differ == "picture":
+        other_pixels = torch.randn(pixels.shape, generator=generator)
+    else:
+        third = 1 + size.before + size.images * size.grid**2 + size.question // 4
+        swapped = tokens[0, third : third + 3] - FIRST_WORD
+        other_tokens[0, third : third + 3] = FIRST_WORD + (swapped + 1) % (size.image_token - FIRST_WORD)
+    clean, corrupt = (
+        Inputs.from_tokens(t.to(device), model.cfg, p.to(device))
+        for t, p in ((tokens, pixels), (other_tokens, other_pixels))
+    )
+    return Study(size, hf, model, clean, corrupt, FIRST_WORD + 1, FIRST_WORD + 2)
+
+
+def prompt(size: Size, generator: torch.Generator, question: int | None = None) -> Tensor:
+    """`<s>`, words, the pictures, a question and words behind it, `[1, pos]`."""
+    count = size.before + (size.question if question is None else question) + size.after
+    words = torch.randint(FIRST_WORD, size.image_token, (count,), generator=generator)
+    pictures = torch.full((size.images * size.grid**2,), size.image_token)
+    return torch.cat((torch.tensor([1]), words[: size.before], pictures, words[size.before :]))[None]
+
+
+def questions(study: Study, count: int = 5) -> list[Inputs]:
+    """Questions of different lengths on the clean picture, all with the same words in front of it."""
+    size, generator = study.size, torch.Generator().manual_seed(2)
+    pixels, first = study.clean.pixels, study.clean.tokens[:, : 1 + size.before]
+    made = []
+    for i in range(count):
+        tokens = prompt(size, generator, max(1, size.question + 2 * (i - count // 2))).to(first.device)
+        tokens[:, : 1 + size.before] = first
+        made.append(Inputs.from_tokens(tokens, study.model.cfg, pixels))
+    return made

@@ -1,0 +1,142 @@
+"""What a benchmark reports: rows, what was left out and why, and the machine; as JSON and as a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import MEMORY, Spread
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of one case. Seconds are for all `cells`, scaled up by count where fewer were measured.
+
+    `error` is the largest absolute difference of the metric to `error_against`; `span` is how far that reference
+    itself ranges, largest minus smallest.
+    """
+
+    case: str
+    variant: str
+    size: str
+    params: dict[str, Any]
+    cells: int
+    cells_measured: int
+    rounds: int
+    seconds: Spread
+    baseline: str
+    times_faster: float
+    times_faster_by_round: Spread
+    peak_bytes: int | None
+    error: float
+    error_against: str
+    span: float
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A variant that a case could not have, and why."""
+
+    case: str
+    variant: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """All rows of a run, with what they were measured on."""
+
+    machine: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    def add(self, found: Sequence[Row | LeftOut]) -> None:
+        """Take in what a case found."""
+        self.rows += [each for each in found if isinstance(each, Row)]
+        self.left_out += [each for each in found if isinstance(each, LeftOut)]
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The device, the processor, the threads, the versions and the date."""
+    names = ("torch", "transformers", "transformer_lens")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+        "peak_bytes": MEMORY["cuda" if device.startswith("cuda") else "cpu"],
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name, as far as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+HEAD = ("case", "variant", "cells", "seconds", "[low, high]", "× faster", "by round [low, high]", "peak", "error")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A markdown table whose columns line up as plain text too; `*` marks seconds scaled up from some cells."""
+    body = [HEAD, *map(_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*body, strict=True)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in body]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    params = "".join(f" {key}={value}" for key, value in row.params.items())
+    part = row.cells_measured < row.cells
+    by_round = row.times_faster_by_round
+    return (
+        row.case + params,
+        row.variant,
+        f"{row.cells_measured} of {row.cells}" if part else str(row.cells),
+        f"{row.seconds.median:.3g}{'*' if part else ''}",
+        f"[{row.seconds.low:.3g}, {row.seconds.high:.3g}]",
+        f"{row.times_faster:.2f}",
+        f"{by_round.median:.2f} [{by_round.low:.2f}, {by_round.high:.2f}]",
+        "?" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f} MiB",
+        f"{row.error:.1e} of {row.span:.2g}",
+    )
+
+
+def text(report: Report) -> str:
+    """The report to read: the table, then what it rests on."""
+    facts, versions = report.machine, report.machine["versions"]
+    lines = [
+        table(report.rows),
+        "",
+        f"{facts['device']}; {facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads; "
+        + ", ".join(f"{name} {number}" for name, number in versions.items())
+        + f"; {facts['date']}",
+        "seconds: median of the rounds; * scaled up by count from the cells measured. × faster: than each case's "
+        f"baseline ({', '.join(sorted({row.baseline for row in report.rows}))}).",
+        "Loops: the clean activations they put in are collected outside their time; llava_lens pays for its clean run.",
+        f"peak: {facts['peak_bytes']}.",
+        "error: largest absolute difference of the metric, and the range of what it is compared with: "
+        + "; ".join(sorted({row.error_against for row in report.rows}))
+        + ".",
+    ]
+    lines += [f"size {size}" for size in dict.fromkeys(row.size for row in report.rows)]
+    lines += [f"{each.case}: without {each.variant}: {each.reason}" for each in report.left_out]
+    return "\n".join(lines)

@@ -1,0 +1,84 @@
+"""Brute force over `HookedLlava.run_with_hooks`, one whole run per cell: what errors are measured against.
+
+Run on `study.exact` it is in float64; the names, cells and windows are those of `benchmarks.baselines`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from benchmarks.baselines import Cell, windows
+from benchmarks.models import Study
+from llava_lens import HookedLlava, Inputs
+from llava_lens.hooked import HookFn, HookName
+
+Edit = tuple[HookName, HookFn]
+
+
+def name(layer: int, activation: str) -> str:
+    """A hook's full name."""
+    inside = activation if activation.startswith("resid") else f"attn.hook_{activation}"
+    return f"blocks.{layer}.{inside if '.' in inside else f'hook_{inside}'}"
+
+
+@torch.no_grad()
+def loop(
+    model: HookedLlava, study: Study, cells: Sequence[Cell], edits: Callable[[Cell], list[Edit]]
+) -> Float[Tensor, " cell"]:
+    """The metric of the corrupt prompt under each cell's edits."""
+    inputs = study.corrupt.to(model.cfg.dtype)
+    runs = (model.run_with_hooks(inputs, fwd_hooks=edits(cell), logits_to_keep=1) for cell in cells)
+    return torch.stack([study.metric(logits[:, -1]) for logits in runs])
+
+
+def patch(
+    model: HookedLlava, study: Study, cells: Sequence[Cell], activation: str, place: Callable[[Cell], Any]
+) -> Float[Tensor, " cell"]:
+    """The clean `activation` of the cell's layer, put where `place(cell)` points in `[batch, pos, …]`."""
+    with torch.no_grad():
+        _, cache = model.run_with_cache(
+            study.clean.to(model.cfg.dtype), names_filter=lambda each: each.endswith(f"hook_{activation}")
+        )
+
+    def edits(cell: Cell) -> list[Edit]:
+        def put(act: Tensor, hook: Any) -> None:
+            act[place(cell)] = cache[hook.name][place(cell)]
+
+        return [(name(cell[0], activation), put)]
+
+    return loop(model, study, cells, edits)
+
+
+def patch_resid(model: HookedLlava, study: Study, cells: Sequence[Cell]) -> Float[Tensor, " cell"]:
+    """Cells `(layer, position)`."""
+    return patch(model, study, cells, "resid_pre", lambda cell: (slice(None), cell[1]))
+
+
+def patch_heads(
+    model: HookedLlava, study: Study, cells: Sequence[Cell], at: slice = slice(None)
+) -> Float[Tensor, " cell"]:
+    """Cells `(layer, head)`."""
+    return patch(model, study, cells, "z", lambda cell: (slice(None), at, cell[1]))
+
+
+def knock_out(
+    model: HookedLlava, study: Study, cells: Sequence[Cell], keys: Sequence[int], width: int
+) -> Float[Tensor, " cell"]:
+    """Cells `(layer,)`: the last position's scores on `keys` become -inf in the window around that layer."""
+
+    def blind(scores: Tensor, hook: Any) -> None:
+        scores[:, :, -1, list(keys)] = -torch.inf
+
+    blocked = windows(study.size.layers, width)
+    return loop(model, study, cells, lambda cell: [(name(i, "attn_scores"), blind) for i in blocked[cell[0]]])
+
+
+@torch.no_grad()
+def ask(model: HookedLlava, prompts: Sequence[Inputs]) -> Float[Tensor, "prompt d_vocab"]:
+    """One forward per question."""
+    return torch.cat([model(inputs.to(model.cfg.dtype), logits_to_keep=1)[:, -1] for inputs in prompts])

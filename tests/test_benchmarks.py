@@ -1,0 +1,199 @@
+"""The benchmark's baselines find the same numbers as brute force, and its measuring does the arithmetic it says."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import baselines, measure, truth
+from benchmarks.__main__ import main
+from benchmarks.bridge import CANNOT, Bridge, nothing_is_installed
+from benchmarks.cases import every_case
+from benchmarks.compare import Settings, Variant, compare, spread_out
+from benchmarks.measure import Spread, peak_bytes, summarise
+from benchmarks.models import SIZES, make_study, questions
+from benchmarks.rows import HEAD, table
+
+TOY = SIZES["toy"]
+LAYERS, POSITIONS, HEADS = range(TOY.layers), range(TOY.positions), range(TOY.heads)
+RESID = list(itertools.product(LAYERS, POSITIONS))
+Z = list(itertools.product(LAYERS, HEADS))
+LAST = slice(-1, None)
+LOOSE = {"rtol": 0, "atol": 2e-5}
+"""float32 against float64 or against another order of sums, for logits of size 1 to 10."""
+
+
+@pytest.fixture(scope="module")
+def study():
+    return make_study(TOY)
+
+
+@pytest.fixture(scope="module")
+def words():
+    return make_study(TOY, "words")
+
+
+def unpatched(study):
+    with torch.no_grad():
+        return study.metric(baselines.last_logits(study.hf, study.corrupt))
+
+
+@pytest.mark.parametrize("twin", ["model", "exact"])
+@pytest.mark.parametrize("differ", ["study", "words"])
+def test_the_loop_over_the_stream_equals_brute_force(differ, twin, request):
+    study = request.getfixturevalue(differ)
+    found = baselines.patch_resid(study, RESID, baselines.clean_activations(study)["resid_pre"])
+    wanted = truth.patch_resid(getattr(study, twin), study, RESID)
+    torch.testing.assert_close(found, wanted.to(found.dtype), **LOOSE)
+    assert (found - unpatched(study)).abs().max() > 0.1  # the cells say something
+    clean = study.metric(baselines.last_logits(study.hf, study.clean))
+    last = RESID.index((TOY.layers - 1, TOY.positions - 1))
+    assert (found[last] - clean).abs() < (unpatched(study) - clean).abs()
+
+
+def test_words_differ_in_the_question_alone(words):
+    differs = (words.clean.tokens != words.corrupt.tokens)[0].nonzero()[:, 0].tolist()
+    assert len(differs) == 3 and set(differs) < set(words.words)
+    assert words.clean.pixels is words.corrupt.pixels
+    assert TOY.image_token not in words.corrupt.tokens[0, words.words]
+
+
+@pytest.mark.parametrize("at", [slice(None), LAST], ids=["all positions", "last position"])
+def test_the_loop_over_heads_equals_brute_force(study, at):
+    found = baselines.patch_heads(study, Z, baselines.clean_activations(study)["z"], at)
+    torch.testing.assert_close(found, truth.patch_heads(study.exact, study, Z, at).to(found.dtype), **LOOSE)
+    assert (found - unpatched(study)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_the_knockout_loop_equals_brute_force(study, width):
+    cells = [(layer,) for layer in LAYERS]
+    found = baselines.knock_out(study, cells, study.image, width)
+    wanted = truth.knock_out(study.exact, study, cells, study.image, width)
+    torch.testing.assert_close(found, wanted.to(found.dtype), **LOOSE)
+    assert (found - unpatched(study)).abs().min() > 1e-3
+
+
+def test_windows_are_centred_and_clipped():
+    assert [list(w) for w in baselines.windows(4, 3)] == [[0, 1], [0, 1, 2], [1, 2, 3], [2, 3]]
+    assert [list(w) for w in baselines.windows(3, 2)] == [[0], [0, 1], [1, 2]]
+
+
+@pytest.mark.parametrize("way", ["ask_each", "ask_batch", "ask_prefix"])
+def test_every_way_to_ask_gives_the_same_logits(study, way):
+    prompts = questions(study, 4)
+    assert len({inputs.n_pos for inputs in prompts}) == 4
+    found = getattr(baselines, way)(study.hf, prompts)
+    torch.testing.assert_close(found, truth.ask(study.exact, prompts).to(found.dtype), **LOOSE)
+    assert (found[0] - found[1]).abs().max() > 0.1
+
+
+def test_loops_leave_no_hooks_behind(study):
+    before = unpatched(study)
+    baselines.patch_resid(study, RESID[-2:], baselines.clean_activations(study)["resid_pre"])
+    baselines.knock_out(study, [(1,)], study.image, 3)
+    assert torch.equal(unpatched(study), before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformer_lens_agrees_where_its_sweeps_can_do_it(study):
+    bridge = Bridge(study)
+    stream, z = bridge.clean_cache("resid_pre"), bridge.clean_cache("z")
+    pairs = [
+        (bridge.patch_resid(RESID[::5], stream), truth.patch_resid(study.exact, study, RESID[::5])),
+        (bridge.patch_heads(Z, z), truth.patch_heads(study.exact, study, Z)),
+        (bridge.patch_heads_last(Z, z), truth.patch_heads(study.exact, study, Z, LAST)),
+    ]
+    for found, wanted in pairs:
+        torch.testing.assert_close(found, wanted.to(found.dtype), **LOOSE)
+    assert set(CANNOT) == {"knockout", "questions"}
+
+
+def test_the_bridge_may_not_start_pip():
+    with nothing_is_installed():
+        for start in (subprocess.run, subprocess.check_call, subprocess.Popen):
+            with pytest.raises(AssertionError, match="a subprocess was started"):
+                start(["pip", "install", "torchvision"])
+    assert subprocess.run(["true"]).returncode == 0
+
+
+def test_ratios_of_medians_and_medians_of_ratios():
+    seconds = {"slow": [4.0, 6.0, 20.0], "fast": [2.0, 1.0, 4.0]}
+    timings = summarise(seconds, "slow")
+    assert timings["fast"].seconds == Spread(2.0, 1.0, 4.0)
+    assert timings["fast"].times_faster == 3.0  # 6 / 2
+    assert timings["fast"].times_faster_by_round == Spread(5.0, 2.0, 6.0)  # of 2, 6, 5
+    assert timings["slow"].times_faster == 1.0 and timings["slow"].times_faster_by_round == Spread(1.0, 1.0, 1.0)
+    assert timings["fast"].rounds == 3 and timings["fast"].baseline == "slow"
+
+
+def test_variants_are_interleaved_back_and_forth_and_scaled(monkeypatch):
+    ran, clock = [], itertools.count()
+    monkeypatch.setattr(measure, "peak_bytes", lambda run, device: 7)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(clock)))  # every call takes one second
+    variants = {name: lambda name=name: ran.append(name) or name for name in "ab"}
+    timings = measure.measure(variants, "a", rounds=3, warmup=1, scale={"b": 10.0})
+    assert "".join(ran) == "ab" + "ab" + "ba" + "ab"
+    assert timings["a"].seconds.median == 1.0 and timings["b"].seconds.median == 10.0
+    assert timings["b"].times_faster == 0.1 and timings["b"].result == "b" and timings["b"].peak_bytes == 7
+    with pytest.raises(ValueError, match="'c' is not among a, b"):
+        measure.measure(variants, "c")
+
+
+def test_peak_memory_sees_what_is_freed_again():
+    def hold():
+        torch.ones(16 * 2**20)
+
+    found = peak_bytes(hold, "cpu")
+    if found is None:
+        pytest.skip("this system does not tell the peak")
+    assert 60 * 2**20 < found < 80 * 2**20
+    assert peak_bytes(lambda: None, "cpu") < 8 * 2**20  # type: ignore[operator]
+
+
+def test_cells_are_spread_evenly_with_both_ends():
+    assert spread_out(10, 4) == [0, 3, 6, 9]
+    assert spread_out(3, 8) == [0, 1, 2]
+
+
+def test_rows_hold_error_and_share(study):
+    truth_here = torch.tensor([0.0, 2.0])
+    variants = [
+        Variant("loop", lambda: torch.tensor([0.0, 2.5]), share=0.1),
+        Variant("whole", lambda: torch.tensor([0.25, 2.0])),
+    ]
+    rows = compare("a/case", TOY, {"n": 1}, 20, variants, truth_here, Settings(rounds=2))
+    assert [row.error for row in rows] == [0.5, 0.25] and rows[0].span == 2.0
+    assert [row.cells_measured for row in rows] == [2, 20]
+    lines = table(rows).splitlines()
+    assert len(lines) == 4 and len({len(line) for line in lines}) == 1 and "2 of 20" in lines[2]
+    assert len(lines[0].strip("|").split("|")) == len(HEAD)
+    with pytest.raises(ValueError, match=r"a/case, short: \(1,\) numbers, expected \(2,\)"):
+        compare("a/case", TOY, {}, 20, [Variant("short", lambda: torch.ones(1))], truth_here, Settings(rounds=1))
+
+
+def test_the_command_lists_every_case(capsys):
+    assert main(["--list"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == [case.name for case in every_case()] and "sweeps/resid" in listed
+    assert main(["nosuch", "--list"]) == 2
+    assert "no case begins with 'nosuch'" in capsys.readouterr().err
+
+
+def test_the_command_writes_what_it_measured(tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    assert main(["sweeps/knockout", "--quick", "--rounds", "1", "--json", str(file)]) == 0
+    written = json.loads(file.read_text(encoding="utf-8"))
+    first = written["rows"][0]
+    assert first["case"] == "sweeps/knockout" and first["variant"] == "hf loop" and first["error"] < 2e-5
+    assert {"device", "cpu", "threads", "versions", "date"} <= set(written["machine"])
+    assert "float64" in first["error_against"] and "VmHWM" in written["machine"]["peak_bytes"]
+    assert "without transformer_lens" in capsys.readouterr().out
