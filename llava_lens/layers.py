@@ -89,6 +89,11 @@ class KVCache:
         self.entries[layer] = (k, v)
         return k, v
 
+    def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """Mix the values of all positions, those held and the new ones, which are held from now on."""
+        k, v = self.extend(attention.layer, k, v)
+        return attention.attend(q, k, v, mask)
+
 
 class Attention(nn.Module):
     """Multi-head attention with grouped key/value heads. Weights keep the checkpoint's layout; `W_*` are views."""
@@ -115,17 +120,24 @@ class Attention(nn.Module):
 
     def forward(self, x: Stream, mask: Mask, angles: Angles | None = None, past: KVCache | None = None) -> Stream:
         q = self.hook_q(self._split(self.q_proj(x))).transpose(1, 2)
+        if angles is not None:
+            q = self.hook_rot_q(kernels.rotate(q, *angles).transpose(1, 2)).transpose(1, 2)
+        k, v = self.keys_and_values(x, angles)
+        if past is not None:
+            z = past.attend(self, q, k, v, mask)
+        else:
+            if angles is not None and self.implementation == "eager":
+                k, v = k.contiguous(), v.contiguous()  # as Hugging Face's always present cache lays them out
+            z = self.attend(q, k, v, mask)
+        return self.output(self.hook_z(z.transpose(1, 2).contiguous()))
+
+    def keys_and_values(self, x: Stream, angles: Angles | None) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values of normed rows, `[batch, kv_head, pos, d_head]` each."""
         k = self.hook_k(self._split(self.k_proj(x))).transpose(1, 2)
         v = self.hook_v(self._split(self.v_proj(x))).transpose(1, 2)
         if angles is not None:
-            q = self.hook_rot_q(kernels.rotate(q, *angles).transpose(1, 2)).transpose(1, 2)
             k = self.hook_rot_k(kernels.rotate(k, *angles).transpose(1, 2)).transpose(1, 2)
-        if past is not None:
-            k, v = past.extend(self.layer, k, v)
-        elif angles is not None and self.implementation == "eager":
-            k, v = k.contiguous(), v.contiguous()  # as Hugging Face's always present cache lays them out
-        z = self.attend(q, k, v, mask).transpose(1, 2).contiguous()
-        return self._output(self.hook_z(z))
+        return k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Float[Tensor, "batch head query d_head"]:
         """Mix the values; scores and pattern are formed for listeners, or because the eager path needs them."""
@@ -144,7 +156,8 @@ class Attention(nn.Module):
             return fast
         return splice(fast, kernels.mix_values(after, v), before, after)
 
-    def _output(self, z: Heads) -> Stream:
+    def output(self, z: Heads) -> Stream:
+        """What the heads' mixtures add to the stream."""
         out = self.o_proj(z.reshape(*z.shape[:-2], -1))
         if not self.hook_result.live:
             return out
@@ -267,8 +280,15 @@ class Block(nn.Module):
         self.hook_resid_post = Hook("batch pos d_model")
 
     def forward(self, x: Stream, mask: Mask, angles: Angles | None = None, past: KVCache | None = None) -> Stream:
+        return self.second_half(self.first_half(x, mask, angles, past))
+
+    def first_half(self, x: Stream, mask: Mask, angles: Angles | None = None, past: KVCache | None = None) -> Stream:
+        """The stream with the attention's output added."""
         x = self.hook_resid_pre(x)
-        x = x + self.hook_attn_out(self.attn(self.ln1(self.hook_attn_in(x)), mask, angles, past))
+        return x + self.hook_attn_out(self.attn(self.ln1(self.hook_attn_in(x)), mask, angles, past))
+
+    def second_half(self, x: Stream) -> Stream:
+        """The stream with the MLP's output added."""
         x = self.hook_resid_mid(x)
         x = x + self.hook_mlp_out(self.mlp(self.ln2(self.hook_mlp_in(x))))
         return self.hook_resid_post(x)

@@ -37,12 +37,16 @@ class Vision(nn.Module):
 
     def forward(self, pixels: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image feature d_features"]:
         """Features of every patch for the projector; several feature layers are laid side by side."""
-        x = self.hook_embed(self.ln_pre(self.embed(self.hook_pixels(pixels))))
+        x = self.start(pixels)
         streams = [x]
         for block in self.blocks:
             x = block(x, Mask())
             streams.append(x)
         return self.hook_features(self.select(streams))
+
+    def start(self, pixels: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image pos d_model"]:
+        """The stream before the first block."""
+        return self.hook_embed(self.ln_pre(self.embed(self.hook_pixels(pixels))))
 
     def embed(self, pixels: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image pos d_model"]:
         """Class token and patches with their positions added, before the pre-norm."""

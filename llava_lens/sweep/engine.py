@@ -1,0 +1,172 @@
+"""Runs many interventions on one row and returns the metric of each, exactly, by running only what each can change.
+
+Unusual: every sweep also runs edits that change nothing, through the same path as the others. What they miss is the
+sweep's noise floor: an effect below it is none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from llava_lens.cache_file import passport
+from llava_lens.errors import LensError
+from llava_lens.sweep.base import Base
+from llava_lens.sweep.climb import DecoderClimb, Member
+from llava_lens.sweep.edits import Edit
+from llava_lens.sweep.front import embedded
+from llava_lens.sweep.journal import Journal, digest
+from llava_lens.sweep.metrics import Bound, Metric, source_of
+from llava_lens.sweep.plan import Cell, Planned, Wave, located, waves
+from llava_lens.sweep.setting import FullBase, Setting
+from llava_lens.sweep.sites import site_of
+
+MAX_BYTES = 2**30
+"""What the runs of one batch may hold together, unless told otherwise."""
+N_FLOORS = 3
+"""How many edits that change nothing are run."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The metric of every cell `[cell]`, and how it came about.
+
+    `baseline` is the metric of the run without edits, `floor` the most that an edit without effect moved it. Of the
+    cells, `ran` were run; in the others the edit changes no bit, so theirs is the baseline. `path` says which way.
+    """
+
+    values: Float[Tensor, " cell"]
+    baseline: float
+    floor: float
+    ran: int
+    path: str
+
+    def facts(self) -> dict[str, Any]:
+        """For a result's `method`."""
+        return {"noise_floor": self.floor, "cells": len(self.values), "ran": self.ran, "path": self.path}
+
+
+def run_cells(
+    setting: Setting,
+    cells: Sequence[Cell],
+    on: str = "corrupt",
+    *,
+    max_bytes: int = MAX_BYTES,
+    progress: bool = True,
+    file: str | os.PathLike[str] | None = None,
+    what: str = "sweep",
+) -> Outcome:
+    """The metric of each cell, edits made together in one run of the setting's `"clean"` or `"corrupt"` base.
+
+    With `file` an interrupted sweep goes on where it was, to the same numbers. `max_bytes` bounds what a batch holds.
+    Raises `LensError` for no cells, for an edit at what is not there, and for a file of another sweep.
+    """
+    if on not in ("clean", "corrupt"):
+        raise LensError(f"on={on!r}; expected 'clean' or 'corrupt'")
+    if not len(cells):
+        raise LensError("an empty sweep: there is no cell to run")
+    base = setting.clean if on == "clean" else setting.corrupt
+    baseline = setting.clean_value if on == "clean" else setting.corrupt_value
+    baseline = _spanned(setting.bound, baseline)
+    planned = [located(base, i, tuple(edits)) for i, edits in enumerate(cells)]
+    live = [cell for cell in planned if not all(base.is_noop(edit) for edit in cell.edits)]
+    key = "" if file is None else sweep_key(setting, cells, on)
+    journal = Journal(file, len(cells), key)
+    idle = set(range(len(cells))) - {cell.number for cell in live}
+    journal.values[sorted(idle)] = baseline
+    runner = _full if isinstance(base, FullBase) else _short
+    with torch.inference_mode():
+        try:
+            bar = tqdm(total=len(live), desc=what, unit="run", disable=not progress, delay=1.0, leave=False)
+            with bar:
+                runner(base, setting.bound, live, journal, max_bytes, bar)
+        finally:
+            journal.save()
+        floor = _floor(base, setting.bound, live, baseline, max_bytes, runner)
+    path = "shortened runs" if setting.why is None else f"full forward passes ({setting.why})"
+    return Outcome(journal.values, baseline, floor, len(live), path)
+
+
+def _spanned(bound: Bound, value: float) -> float:
+    """A metric's value in the units of the result."""
+    if bound.span is None:
+        return value
+    corrupt, clean = bound.span
+    return (value - corrupt) / (clean - corrupt)
+
+
+def _short(base: Base, bound: Bound, live: Sequence[Planned], journal: Journal, max_bytes: int, bar: Any) -> None:
+    places = bound.places(len(base.row.columns))
+    for wave in waves(base, live, len(places), max_bytes):
+        numbers = [cell.number for cell in wave.cells]
+        if not bool(journal.done[numbers].all()):
+            journal.put(numbers, bound(wave_logits(base, wave, places)))
+        bar.update(len(numbers))
+
+
+def wave_logits(base: Base, wave: Wave, places: Sequence[int]) -> Float[Tensor, "cell read d_vocab"]:
+    """Logits of the places that are read, in every cell of a wave."""
+    cells = wave.cells
+    climb = DecoderClimb(base, [Member(cell.stage, decoder_edits(base, cell)) for cell in cells], wave.first, places)
+    front = [cell for cell in cells if cell.front]
+    x = embedded(base, [cell.edits for cell in front], wave.first) if front else None
+    changed = climb.logits(climb.go(x))
+    before = [place for place in places if place < wave.first]
+    if not before:
+        return changed
+    return torch.cat((base.logits(before).expand(len(cells), -1, -1), changed), 1)
+
+
+def decoder_edits(base: Base, cell: Planned) -> tuple[Edit, ...]:
+    """The edits that are made on the way through the decoder."""
+    return tuple(edit for edit in cell.edits if site_of(base.model, edit.hook).room == "decoder")
+
+
+def _full(base: Base, bound: Bound, live: Sequence[Planned], journal: Journal, max_bytes: int, bar: Any) -> None:
+    assert isinstance(base, FullBase)
+    places = bound.places(len(base.row.columns))
+    for cell in live:
+        if not bool(journal.done[cell.number]):
+            journal.put([cell.number], bound(base.run(cell.edits, places)[None]))
+        bar.update(1)
+
+
+def _floor(base: Base, bound: Bound, live: Sequence[Planned], baseline: float, max_bytes: int, runner: Any) -> float:
+    """The most that edits without effect move the metric, run at the places of some of the cells."""
+    if not live:
+        return 0.0
+    ordered = sorted(live, key=lambda cell: (cell.first, cell.stage))
+    step = max(1, (len(ordered) - 1) // max(1, N_FLOORS - 1))
+    chosen = ordered[::step][:N_FLOORS]
+    idle = [
+        replace(cell, number=i, edits=tuple(replace(edit, value=0.0, how="add") for edit in cell.edits))
+        for i, cell in enumerate(chosen)
+    ]
+    journal = Journal(None, len(idle), "")
+    runner(base, bound, idle, journal, max_bytes, tqdm(disable=True))
+    return float((journal.values - baseline).abs().max())
+
+
+def sweep_key(setting: Setting, cells: Sequence[Cell], on: str) -> str:
+    """What names a sweep: the model, both inputs, every edit and the metric."""
+    bound, metric = setting.bound, setting.bound.metric
+    measured = metric if isinstance(metric, Metric) else source_of(metric)
+    inputs = [[row.inputs.tokens, row.inputs.pixels, row.columns] for row in (setting.clean.row, setting.corrupt.row)]
+    lasting = [_facts(edit) for base in (setting.clean, setting.corrupt) for edit in base.edits]
+    made = [[_facts(edit) for edit in edits] for edits in cells]
+    whose = sorted(passport(setting.model).items())
+    return digest(
+        whose, str(setting.model.cfg.dtype), inputs, lasting, made, repr(measured), bound.ids, on, setting.why
+    )
+
+
+def _facts(edit: Edit) -> list[Any]:
+    value = source_of(edit.value) if callable(edit.value) and not isinstance(edit.value, Tensor) else edit.value
+    return [edit.hook, edit.how, edit.pos, edit.head, edit.neuron, edit.key, edit.image, value]

@@ -1,0 +1,128 @@
+"""One row of a batch, studied alone: with the padding it has, and without it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_lens.errors import LensError
+from llava_lens.inputs import Inputs
+from llava_lens.roles import Roles
+from llava_lens.sweep.edits import Rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt. Positions are counted as in its batch, padding in front included; padding behind is cut off.
+
+    `inputs` is a batch of one with that padding. `columns` are the positions that are no padding.
+    """
+
+    inputs: Inputs
+    columns: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: Any, inputs: Inputs, i: int = 0) -> Row:
+        """Row `i` of a batch that the model has checked."""
+        seen = None if inputs.attention_mask is None else inputs.attention_mask[i].bool()
+        columns = tuple(range(inputs.n_pos)) if seen is None else tuple(seen.nonzero()[:, 0].tolist())
+        if not columns:
+            raise LensError(f"row {i} is all padding")
+        n = columns[-1] + 1
+        each = model.cfg.tokens_per_image
+        counts = (inputs.slots(model.cfg).sum(-1) // each).tolist() if each else [0] * inputs.batch_size
+        first = sum(counts[:i])
+        pixels = inputs.pixels[first : first + counts[i]] if inputs.pixels is not None and counts[i] else None
+        mask = None if len(columns) == n or inputs.attention_mask is None else inputs.attention_mask[i : i + 1, :n]
+        roles = None if inputs.roles is None else (inputs.roles[i].kept(range(n)),)
+        return cls(Inputs(inputs.tokens[i : i + 1, :n], pixels, mask, roles), columns)
+
+    @property
+    def n_columns(self) -> int:
+        """Positions with the padding in front."""
+        return self.inputs.n_pos
+
+    @property
+    def last(self) -> int:
+        """The last position."""
+        return self.columns[-1]
+
+    @property
+    def n_images(self) -> int:
+        return 0 if self.inputs.pixels is None else len(self.inputs.pixels)
+
+    @property
+    def roles(self) -> Roles | None:
+        return None if self.inputs.roles is None else self.inputs.roles[0]
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Position → its place without the padding."""
+        return Rows(self.columns)
+
+    @cached_property
+    def compact(self) -> Inputs:
+        """The tokens without the padding."""
+        return Inputs(self.inputs.tokens[:, list(self.columns)], self.inputs.pixels)
+
+    def slots(self, model: Any) -> list[list[int]]:
+        """The positions of each picture's tokens, its class token included where it is kept."""
+        each = model.cfg.tokens_per_image
+        if not each or not self.n_images:
+            return []
+        at = self.inputs.slots(model.cfg)[0].nonzero()[:, 0].tolist()
+        return [at[i : i + each] for i in range(0, len(at), each)]
+
+    def place_of(self, column: int) -> int:
+        """A position's place without the padding; raises `LensError` for padding and what is not there."""
+        column = column + self.n_columns if column < 0 else column
+        if column not in self.rows.place:
+            what = "is padding" if 0 <= column < self.n_columns else f"is outside 0 … {self.n_columns - 1}"
+            raise LensError(f"position {column} {what}")
+        return self.rows.place[column]
+
+    def extended(self, ids: list[int]) -> Row:
+        """The row with tokens of an answer behind it."""
+        if not ids:
+            return self
+        new = torch.tensor([ids], device=self.inputs.tokens.device, dtype=self.inputs.tokens.dtype)
+        tokens = torch.cat((self.inputs.tokens, new), -1)
+        mask = self.inputs.attention_mask
+        mask = None if mask is None else torch.cat((mask, mask.new_ones(1, len(ids))), -1)
+        roles = self.roles
+        if roles is not None:
+            at = len(roles.text)
+            roles = replace(
+                roles,
+                labels=roles.labels + ("answer",) * len(ids),
+                tokens=roles.tokens + ("",) * len(ids) if roles.tokens else (),
+                spans=roles.spans + ((at, at),) * len(ids) if roles.spans else (),
+            )
+        columns = self.columns + tuple(range(self.n_columns, self.n_columns + len(ids)))
+        return Row(Inputs(tokens, self.inputs.pixels, mask, None if roles is None else (roles,)), columns)
+
+
+def shared_length(one: Row, other: Row, model: Any) -> int:
+    """How many positions in front (padding left out) two rows have in common, pictures included."""
+    n = min(len(one.columns), len(other.columns))
+    if one.columns[:n] != other.columns[:n]:
+        return 0
+    a, b = one.compact.tokens[0, :n], other.compact.tokens[0, :n]
+    differ = (a != b).nonzero()[:, 0]
+    shared = int(differ[0]) if len(differ) else n
+    for image, slots in enumerate(one.slots(model)):
+        if image >= other.n_images or not same_picture(one, other, image):
+            shared = min(shared, one.rows.place[slots[0]])
+            break
+    return shared
+
+
+def same_picture(one: Row, other: Row, image: int) -> bool:
+    """Whether two rows show the same pixels in a place."""
+    a: Tensor | None = one.inputs.pixels
+    b: Tensor | None = other.inputs.pixels
+    return a is not None and b is not None and torch.equal(a[image], b[image])

@@ -1,0 +1,175 @@
+"""What a study is made on: the clean and the corrupt run of one row, and its metric, all checked before any long work.
+
+Unusual: a model that holds hooks of the user, or whose forward pass is its own, is run in full, hooks included, here as
+in every cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_lens.errors import LensError
+from llava_lens.sweep.base import Base
+from llava_lens.sweep.edits import FRONT, Edit, hooks_of
+from llava_lens.sweep.metrics import Bound, Metric, ids_of, metric_of, one_id, probe
+from llava_lens.sweep.rows import Row
+from llava_lens.sweep.sites import why_not
+
+Hooks = Sequence[tuple[Any, Callable[..., Any]]]
+
+
+class FullBase(Base):
+    """A base whose runs are full forward passes, with the user's hooks in all of them."""
+
+    def __init__(
+        self, model: Any, row: Row, names: Iterable[str] = (), edits: Sequence[Edit] = (), fwd_hooks: Hooks = ()
+    ):
+        self.model, self.row, self.edits, self.fwd_hooks = model, row, tuple(edits), list(fwd_hooks)
+        self.names, self.shared = tuple(dict.fromkeys(names)), 0
+        self.acts: dict[str, Tensor] = {}
+        self._run()
+
+    def _run(self) -> None:
+        hooks = [*self.fwd_hooks, *hooks_of(self.model, self.edits, self.row.n_columns)]
+        with torch.inference_mode(), self.model.hooks(fwd_hooks=hooks):
+            if self.names:
+                logits, cache = self.model.run_with_cache(self.row.inputs, names_filter=list(self.names))
+                self.acts = {name: self._compact(name, act) for name, act in cache.cache_dict.items()}
+            else:
+                logits = self.model(self.row.inputs)
+        self._logits = logits[0, list(self.row.columns)]
+
+    def _compact(self, name: str, act: Tensor) -> Tensor:
+        if name.startswith(FRONT) or len(self.row.columns) == self.row.n_columns:
+            return act
+        for i, axis in enumerate(self.model.hook(name).axes.split()):
+            if axis in ("pos", "query", "key"):
+                act = act.index_select(i, torch.tensor(self.row.columns, device=act.device))
+        return act
+
+    def logits(self, places: Sequence[int]) -> Tensor:
+        return self._logits[list(places)]
+
+    def run(self, edits: Sequence[Edit], places: Sequence[int]) -> Tensor:
+        """Logits `[place, d_vocab]` of one full run with some edits."""
+        hooks = [*self.fwd_hooks, *hooks_of(self.model, (*self.edits, *edits), self.row.n_columns)]
+        with torch.inference_mode():
+            logits = self.model.run_with_hooks(self.row.inputs, fwd_hooks=hooks)
+        return logits[0, [self.row.columns[place] for place in places]]
+
+
+@dataclass
+class Setting:
+    """One row's clean and corrupt run (the same where there is one), and the metric on them, also of either run.
+
+    `why` says why runs are full forward passes, None where they are shortened.
+    """
+
+    clean: Base
+    corrupt: Base
+    bound: Bound
+    clean_value: float
+    corrupt_value: float
+    why: str | None
+
+    @property
+    def model(self) -> Any:
+        return self.clean.model
+
+
+def settle(
+    model: Any,
+    clean: Row,
+    corrupt: Row | None = None,
+    metric: Any = None,
+    names: Sequence[str] = (),
+    corruption: Sequence[Edit] = (),
+    fwd_hooks: Hooks = (),
+    full: bool = False,
+) -> Setting:
+    """Run both rows, recording `names`, and tie the metric to them.
+
+    `corruption` are lasting edits of the corrupt run; without it and without `corrupt` there is one run. `fwd_hooks`
+    are the user's, held in every run. Raises `LensError` for an answer of several tokens where one is needed, a metric
+    that is not one number, and activations or metrics that are not finite.
+    """
+    kind = metric_of(metric)
+    ids = _ids(model, kind)
+    clean = clean.extended(ids[:-1])
+    corrupt = None if corrupt is None else corrupt.extended(ids[:-1])
+    front = [name for name in names if name.startswith(FRONT)] or list(corruption)
+    why = "a full forward pass was asked for" if full else "hooks of the user are held" if fwd_hooks else None
+    why = why or why_not(model, bool(front))
+
+    def run(row: Row, edits: Sequence[Edit] = (), like: Base | None = None) -> Base:
+        if why is not None:
+            return FullBase(model, row, names, edits, fwd_hooks)
+        return Base.of(model, row, (*names, *_entered(model, names)), edits, like)
+
+    one = run(clean)
+    paired = corrupt is not None or bool(corruption)
+    other = run(corrupt or clean, corruption, one) if paired else one
+    for which, base in (("clean", one), ("corrupt", other)):
+        _refuse_what_is_not_finite(base, names, which)
+    return tie(kind, ids, one, other, why)
+
+
+def tie(kind: Any, ids: list[int], clean: Base, corrupt: Base, why: str | None) -> Setting:
+    """Bind a metric to two runs; the user's function is tried on the corrupt one."""
+    n, model = len(clean.row.columns), clean.model
+    bound = Bound(kind, ids)
+    if not isinstance(kind, Metric):
+        bound.everywhere, bound.whole = probe(kind, corrupt.logits(range(len(corrupt.row.columns))), bound.name)
+    elif kind.kind in ("log_prob", "prob", "logit", "logit_diff") and not ids:
+        bound.ids = [int(clean.logits([n - 1])[0].argmax())]
+    if isinstance(kind, Metric) and kind.kind == "kl":
+        bound.clean = clean.logits(bound.places(n)).log_softmax(-1)
+    if isinstance(kind, Metric) and kind.kind == "logit_diff":
+        if kind.versus is None:
+            raise LensError("logit_diff needs two tokens: logit_diff(answer, versus)")
+        bound.versus = one_id(model, kind.versus, "versus")  # type: ignore[arg-type]
+    values = [_value(bound, base) for base in (clean, corrupt)]
+    for which, value in zip(("clean", "corrupt"), values, strict=True):
+        if value != value:
+            raise LensError(f"the metric {bound.name!r} is not a number on the {which} run")
+    if isinstance(kind, Metric) and kind.recover:
+        if values[0] == values[1]:
+            raise LensError(f"nothing to recover: {kind.kind} is {values[0]:.6g} on the clean and on the corrupt run")
+        bound.span = (values[1], values[0])
+    return Setting(clean, corrupt, bound, values[0], values[1], why)
+
+
+def _value(bound: Bound, base: Base) -> float:
+    return float(bound(base.logits(bound.places(len(base.row.columns)))[None])[0])
+
+
+def _ids(model: Any, kind: Any) -> list[int]:
+    """The answer's tokens, none where the clean run chooses."""
+    if not isinstance(kind, Metric) or kind.answer is None or kind.kind == "kl":
+        return []
+    if kind.kind in ("logit", "logit_diff"):
+        return [one_id(model, kind.answer, "answer")]  # type: ignore[arg-type]
+    return ids_of(model, kind.answer)  # type: ignore[arg-type]
+
+
+def _entered(model: Any, names: Sequence[str]) -> list[str]:
+    """What runs that change at some hooks start from, beside what every base keeps."""
+    more = [name.replace("hook_z", "").replace("attn.", "") for name in names if name.endswith("attn.hook_z")]
+    wanted = [f"{block}hook_attn_out" for block in more]
+    if any(name.startswith(FRONT) for name in names):
+        blocks = [f"vision.blocks.{layer}." for layer in range(model.vision.cfg.n_layers)]
+        wanted += [block + name for block in blocks for name in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")]
+        wanted.append("vision.hook_embed")
+    return wanted
+
+
+def _refuse_what_is_not_finite(base: Base, names: Sequence[str], which: str) -> None:
+    for name in names:
+        act = base.acts.get(name)
+        if act is not None and not bool(torch.isfinite(act).all()) and not name.endswith("attn_scores"):
+            raise LensError(f"{name!r} of the {which} run holds values that are not finite")
