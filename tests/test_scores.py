@@ -167,7 +167,7 @@ def test_blocks_of_cells_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_equal_rows_have_an_interval_of_their_value() -> None:
-    mean = Scores(torch.full((10, 2), 0.1), ("batch", "layer")).mean()
+    mean = Scores(torch.full((10, 2), 0.1, dtype=torch.float64), ("batch", "layer")).mean()
     assert mean.low is not None and mean.high is not None
     assert torch.equal(mean.low, mean.values) and torch.equal(mean.high, mean.values)
 
@@ -257,6 +257,7 @@ def test_differences_of_what_does_not_fit_are_refused() -> None:
 def test_facts_that_only_some_rows_have_are_kept_when_stacked() -> None:
     one, two = (Scores(torch.zeros(1), ("layer",), method=method) for method in ({"a": 1}, {"a": 1, "b": 2}))
     assert stacked([one, two]).method == {"a": 1, "b": [None, 2]}
+    assert stacked([two, one]).method == {"a": 1, "b": [2, None]}
 
 
 # ---- frames
