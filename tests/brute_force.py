@@ -16,9 +16,13 @@ from llava_lens.sweep import Edit, block_attention
 POS = {"pos", "query", "patch", "feature"}
 
 
-@cache
 def hooked(odd: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa") -> HookedLlava:
-    """A random model in a precision of its own; its Hugging Face model stays as it is."""
+    """A random model in a precision of its own, always the same; its Hugging Face model stays as it is."""
+    return _hooked(odd, dtype, attention)
+
+
+@cache
+def _hooked(odd: str, dtype: torch.dtype, attention: str) -> HookedLlava:
     return HookedLlava.from_hf(copy.deepcopy(hf_llava(odd, attention)).to(dtype))
 
 
@@ -65,7 +69,7 @@ def images_before(inputs: Inputs, row: int, model: HookedLlava) -> int:
 def brute_force(model: HookedLlava, inputs: Inputs, row: int, edits: Any, at: list[int]) -> torch.Tensor:
     """Logits `[read, d_vocab]` of one row of the whole, padded batch."""
     first = images_before(inputs, row, model)
-    hooks = [by_hand(edit, row, first) for edit in edits]
+    hooks: Any = [by_hand(edit, row, first) for edit in edits]
     with torch.no_grad():
         return model.run_with_hooks(inputs, fwd_hooks=hooks)[row, at]
 
@@ -96,7 +100,7 @@ def random_edit(model: HookedLlava, inputs: Inputs, row: int, rng: random.Random
                 shape.append(lengths[axis])
                 continue
         take = sorted(rng.sample(there, rng.randint(1, min(4, len(there)))))
-        where[kind] = take
+        where[str(kind)] = take
         shape.append(len(take))
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     value: Any = torch.randn(shape, generator=generator, dtype=torch.float64).to(model.cfg.dtype)

@@ -37,10 +37,11 @@ FLOORS = {
     "reading": 8,
     "generate": 7,
     "model": 10,
-    "analysis": 11,
-    "plots": 12,
-    "cli": 13,
-    "__main__": 14,
+    "sweep": 11,
+    "analysis": 12,
+    "plots": 13,
+    "cli": 14,
+    "__main__": 15,
 }
 """Module or folder → floor. `tiny` holds data and its training and may look anywhere; nothing but `model` looks in."""
 HOMES = {

@@ -18,7 +18,6 @@ from llava_lens.analysis.grid import Grid
 from llava_lens.analysis.scores import Scores, stacked
 from llava_lens.errors import LensError, nearest
 from llava_lens.inputs import Inputs
-from llava_lens.sweep.base import Base
 from llava_lens.sweep.edits import FRONT, Edit
 from llava_lens.sweep.engine import MAX_BYTES, Outcome, run_cells
 from llava_lens.sweep.metrics import Metric, metric_of
@@ -83,10 +82,16 @@ class Turn:
         return run_cells(setting, cells, on, max_bytes=budget, progress=progress, file=file, what=what)
 
     def measure(
-        self, setting: Setting, grid: Grid, cells: Sequence[tuple[Edit, ...]], on: str = "clean", **facts: Any
+        self,
+        setting: Setting,
+        grid: Grid,
+        cells: Sequence[tuple[Edit, ...]],
+        on: str = "clean",
+        part: str = "",
+        **facts: Any,
     ) -> Scores:
         """The cells of a grid run, as labelled scores that say how they came about."""
-        outcome = self.run(setting, cells, on, str(facts.get("score", "sweep")))
+        outcome = self.run(setting, cells, on, str(facts.get("score", "sweep")), part)
         method = {**facts, **facts_of(setting), "baseline": outcome.baseline, **outcome.facts()}
         return grid.scores(outcome.values, setting.clean.row, self.n_pos, unit=setting.bound.unit, method=method)
 
@@ -127,7 +132,7 @@ def facts_of(setting: Setting) -> dict[str, Any]:
     return facts | ({"corrupt": setting.corrupt_value} if setting.corrupt is not setting.clean else {})
 
 
-def taken(source: Base, edit: Edit) -> Tensor:
+def taken(source: Any, edit: Edit) -> Tensor:
     """What another run holds in the place of an edit."""
     rows = None if edit.hook.startswith(FRONT) else source.row.rows
     axes = source.model.hook(edit.hook).axes.split()[1:]

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from llava_lens.kernels.reference import Keys, Queries, attention, attention_scores
+from llava_lens.kernels.reference import Queries, attention, attention_scores
 
+OwnKeys = Float[Tensor, "batch kv_head own d_head"]
 SharedKeys = Float[Tensor, "kv_head prefix d_head"]
 Visible = Bool[Tensor, "query own"]
 FEW_QUERIES = 16
@@ -19,7 +20,7 @@ FEW_QUERIES = 16
 
 
 def attention_after(
-    q: Queries, prefix_k: SharedKeys, prefix_v: SharedKeys, k: Keys, v: Keys, scale: float, visible: Visible
+    q: Queries, prefix_k: SharedKeys, prefix_v: SharedKeys, k: OwnKeys, v: OwnKeys, scale: float, visible: Visible
 ) -> Queries:
     """Softmax attention on a prefix that all runs share, seen whole, and on the run's own keys where `visible`."""
     if prefix_k.shape[1] == 0:
@@ -33,13 +34,13 @@ def attention_after(
     return mix_after(torch.softmax(scores, -1, dtype=wide).to(scores.dtype), prefix_v, v)
 
 
-def behind(prefix: SharedKeys, own: Keys) -> Float[Tensor, "batch kv_head key d_head"]:
+def behind(prefix: SharedKeys, own: OwnKeys) -> Float[Tensor, "batch kv_head key d_head"]:
     """The prefix copied in front of each run's own keys or values."""
     return torch.cat((prefix[None].expand(len(own), -1, -1, -1), own), dim=2)
 
 
 def scores_after(
-    q: Queries, prefix_k: SharedKeys, k: Keys, scale: float, visible: Visible
+    q: Queries, prefix_k: SharedKeys, k: OwnKeys, scale: float, visible: Visible
 ) -> Float[Tensor, "batch head query key"]:
     """Scaled dot products with the prefix, then with the run's own keys; -inf where those are not visible."""
     batch, heads, length, width = q.shape
@@ -51,7 +52,7 @@ def scores_after(
     return torch.cat((ahead, own), -1)
 
 
-def mix_after(pattern: Float[Tensor, "batch head query key"], prefix_v: SharedKeys, v: Keys) -> Queries:
+def mix_after(pattern: Float[Tensor, "batch head query key"], prefix_v: SharedKeys, v: OwnKeys) -> Queries:
     """Values of the prefix and of the run averaged with the pattern's weights."""
     batch, heads, length, _ = pattern.shape
     kv_heads, prefix, width = prefix_v.shape

@@ -23,6 +23,8 @@ from llava_lens.sweep.rows import Row, shared_length
 from llava_lens.sweep.sites import site_of
 
 EMBEDDING = ("hook_text_embed", "hook_embed")
+BLOCK_ENTRIES = ("hook_resid_pre", "hook_resid_mid", "attn.hook_rot_k", "attn.hook_v")
+"""What runs start from in each of the decoder's blocks."""
 END = "stream after the last block"
 """The entry of the final stream; no hook carries this name."""
 
@@ -42,6 +44,7 @@ class Base:
         self.names = tuple(dict.fromkeys((*self.needed(), *names)))
         self.acts: dict[str, Tensor] = {}
         self.shared = 0
+        self.like: Base | None = None
 
     @classmethod
     def of(
@@ -52,21 +55,28 @@ class Base:
         edits: Sequence[Edit] = (),
         like: Base | None = None,
     ) -> Base:
-        """Run a row; what it has in common with `like` (a run of the same names) is taken from there."""
+        """Run a row; what it has in common with the run `like` is taken from there. The same prompt is the same run."""
         base = cls(model, row, names, edits)
-        shared = 0
-        if like is not None and not base.edits and not like.edits and set(base.names) <= set(like.acts):
+        if like is not None and not base.edits and not like.edits:
+            like.require(base.names)
             shared = base._common(like)
-        if shared:
-            assert like is not None
-            base._branch(like, shared)
-        else:
-            base._run()
+            if shared == len(row.columns) == len(like.row.columns):
+                return like
+            if shared:
+                base._branch(like, min(shared, len(row.columns) - 1))
+                return base
+        base._run()
         return base
+
+    def require(self, names: Iterable[str]) -> None:
+        """Record what is missing, in another run."""
+        if missing := [name for name in names if name not in self.acts]:
+            again = Base.of(self.model, self.row, (*self.names, *missing), self.edits, self.like)
+            self.names, self.acts, self.shared = again.names, again.acts, again.shared
 
     def needed(self) -> list[str]:
         """Entries that every base keeps."""
-        blocks = ("hook_resid_pre", "hook_resid_mid", "attn.hook_rot_k", "attn.hook_v")
+        blocks = BLOCK_ENTRIES
         names = [f"blocks.{layer}.{name}" for layer in range(self.model.cfg.n_layers) for name in blocks]
         pictures = ["projector.hook_out"] if self.row.inputs.pixels is not None else []
         return [*names, *pictures, "hook_text_embed", "hook_embed", END]
@@ -113,7 +123,7 @@ class Base:
                 own[name] = like.acts[name]
             elif not name.startswith(FRONT) and name not in EMBEDDING:
                 own[name] = self._joined(name, like.acts[name], own[name], shared)
-        self.acts, self.shared = own, shared
+        self.acts, self.shared, self.like = own, shared, like
 
     def _embed(self, like: Base | None) -> Tensor:
         model, inputs = self.model, self.row.compact.check(self.model.cfg)
@@ -137,8 +147,7 @@ class Base:
     def _common(self, like: Base) -> int:
         if self.row.n_columns != like.row.n_columns and self.model.cfg.rope.get("rope_type") in ("dynamic", "longrope"):
             return 0  # the rotary frequencies depend on the length
-        shared = shared_length(self.row, like.row, self.model)
-        return min(shared, len(self.row.columns) - 1)
+        return shared_length(self.row, like.row, self.model)
 
     def _pictures_as(self, like: Base) -> bool:
         ours, theirs = self.row.inputs.pixels, like.row.inputs.pixels

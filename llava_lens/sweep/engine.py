@@ -26,7 +26,7 @@ from llava_lens.sweep.journal import Journal, digest
 from llava_lens.sweep.metrics import Bound, Metric, source_of
 from llava_lens.sweep.plan import Cell, Planned, Wave, located, waves
 from llava_lens.sweep.setting import FullBase, Setting
-from llava_lens.sweep.sites import site_of
+from llava_lens.sweep.sites import entered, site_of
 
 MAX_BYTES = 2**30
 """What the runs of one batch may hold together, unless told otherwise."""
@@ -75,6 +75,8 @@ def run_cells(
     base = setting.clean if on == "clean" else setting.corrupt
     baseline = setting.clean_value if on == "clean" else setting.corrupt_value
     baseline = _spanned(setting.bound, baseline)
+    if not isinstance(base, FullBase):
+        base.require(entered(base.model, (edit.hook for edits in cells for edit in edits)))
     planned = [located(base, i, tuple(edits)) for i, edits in enumerate(cells)]
     live = [cell for cell in planned if not all(base.is_noop(edit) for edit in cell.edits)]
     key = "" if file is None else sweep_key(setting, cells, on)

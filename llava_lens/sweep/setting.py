@@ -18,7 +18,7 @@ from llava_lens.sweep.base import Base
 from llava_lens.sweep.edits import FRONT, Edit, hooks_of
 from llava_lens.sweep.metrics import Bound, Metric, ids_of, metric_of, one_id, probe
 from llava_lens.sweep.rows import Row
-from llava_lens.sweep.sites import why_not
+from llava_lens.sweep.sites import entered, why_not
 
 Hooks = Sequence[tuple[Any, Callable[..., Any]]]
 
@@ -109,7 +109,7 @@ def settle(
     def run(row: Row, edits: Sequence[Edit] = (), like: Base | None = None) -> Base:
         if why is not None:
             return FullBase(model, row, names, edits, fwd_hooks)
-        return Base.of(model, row, (*names, *_entered(model, names)), edits, like)
+        return Base.of(model, row, (*names, *entered(model, names)), edits, like)
 
     one = run(clean)
     paired = corrupt is not None or bool(corruption)
@@ -138,7 +138,7 @@ def tie(kind: Any, ids: list[int], clean: Base, corrupt: Base, why: str | None) 
         if value != value:
             raise LensError(f"the metric {bound.name!r} is not a number on the {which} run")
     if isinstance(kind, Metric) and kind.recover:
-        if values[0] == values[1]:
+        if abs(values[0] - values[1]) <= 1e-9 * max(1.0, abs(values[0])):
             raise LensError(f"nothing to recover: {kind.kind} is {values[0]:.6g} on the clean and on the corrupt run")
         bound.span = (values[1], values[0])
     return Setting(clean, corrupt, bound, values[0], values[1], why)
@@ -155,17 +155,6 @@ def _ids(model: Any, kind: Any) -> list[int]:
     if kind.kind in ("logit", "logit_diff"):
         return [one_id(model, kind.answer, "answer")]  # type: ignore[arg-type]
     return ids_of(model, kind.answer)  # type: ignore[arg-type]
-
-
-def _entered(model: Any, names: Sequence[str]) -> list[str]:
-    """What runs that change at some hooks start from, beside what every base keeps."""
-    more = [name.replace("hook_z", "").replace("attn.", "") for name in names if name.endswith("attn.hook_z")]
-    wanted = [f"{block}hook_attn_out" for block in more]
-    if any(name.startswith(FRONT) for name in names):
-        blocks = [f"vision.blocks.{layer}." for layer in range(model.vision.cfg.n_layers)]
-        wanted += [block + name for block in blocks for name in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")]
-        wanted.append("vision.hook_embed")
-    return wanted
 
 
 def _refuse_what_is_not_finite(base: Base, names: Sequence[str], which: str) -> None:

@@ -7,11 +7,13 @@ stack is stage `2 · n_layers`; a change at a stage leaves everything before it 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 from llava_lens.errors import UnknownHook, nearest
 from llava_lens.layers import Attention, Block
 from llava_lens.model import HookedLlava
+from llava_lens.sweep.edits import FRONT
 from llava_lens.vision import Vision
 
 Room = Literal["tower", "projector", "embed", "decoder"]
@@ -20,6 +22,8 @@ SECOND_HALF = ("hook_resid_mid", "hook_mlp_in", "ln2.", "mlp.", "hook_attn_out",
 AT_THE_END = ("hook_mlp_out", "hook_resid_post")
 """Hooks whose change can enter a run after the block."""
 BRANCHES = ("hook_{}", "attn.hook_{}", "mlp.hook_{}", "{}")
+DERIVED = ("attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_result")
+"""Hooks that no run starts from, and that take much memory to record."""
 SEAMS = ("forward", "embed_inputs", "run_blocks", "mask", "read_out")
 FRONT_SEAMS = ("splice", "encode_image", "embed_tokens")
 
@@ -65,6 +69,18 @@ def names_at(model: Any, hook: str) -> list[str]:
             return [f"{prefix}blocks.{layer}.{name}" for layer in range(n_layers)]
     known = {re.sub(r"^(?:vision\.)?blocks\.\d+\.(?:attn\.|mlp\.)?(?:hook_)?", "", name) for name in model.hook_dict}
     raise UnknownHook(f"no hook is called {hook!r}{nearest(hook, [*known, *model.hook_dict])}")
+
+
+def entered(model: Any, hooks: Iterable[str]) -> list[str]:
+    """What runs that change at some hooks start from, beside what every base keeps: recorded with them."""
+    names = list(dict.fromkeys(hooks))
+    z = "attn.hook_z"
+    wanted = [name.removesuffix(z) + "hook_attn_out" for name in names if name.endswith(z)]
+    if any(name.startswith(FRONT) for name in names):
+        blocks = [f"vision.blocks.{layer}." for layer in range(model.vision.cfg.n_layers)]
+        wanted += [block + name for block in blocks for name in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")]
+        wanted.append("vision.hook_embed")
+    return [*(name for name in names if not name.endswith(DERIVED)), *wanted]
 
 
 def why_not(model: Any, front: bool) -> str | None:
