@@ -18,7 +18,7 @@ from llava_lens.analysis.grid import Grid
 from llava_lens.analysis.scores import Scores, stacked
 from llava_lens.errors import LensError, nearest
 from llava_lens.inputs import Inputs
-from llava_lens.sweep.edits import FRONT, Edit
+from llava_lens.sweep.edits import AXES, FRONT, SCORES, Edit
 from llava_lens.sweep.engine import MAX_BYTES, Outcome, run_cells
 from llava_lens.sweep.metrics import Metric, metric_of
 from llava_lens.sweep.rows import Row
@@ -133,12 +133,18 @@ def facts_of(setting: Setting) -> dict[str, Any]:
 
 
 def taken(source: Any, edit: Edit) -> Tensor:
-    """What another run holds in the place of an edit."""
-    rows = None if edit.hook.startswith(FRONT) else source.row.rows
-    axes = source.model.hook(edit.hook).axes.split()[1:]
-    if edit.pos is None and rows is not None and len(rows) < source.row.n_columns:
-        edit = Edit(edit.hook, 0.0, pos=source.row.columns, head=edit.head, neuron=edit.neuron, image=edit.image)
-    return edit.part(source.of_sample(edit), axes, rows)
+    """What another run holds in the place of an edit; along an axis that it takes whole, padding in front too."""
+    row, axes = source.row, source.model.hook(edit.hook).axes.split()[1:]
+    rows = None if edit.hook.startswith(FRONT) else row.rows
+    part = edit.part(source.of_sample(edit), axes, rows)
+    if rows is None or len(rows) == row.n_columns:
+        return part
+    for i, axis in enumerate(axes):
+        if any(axis in AXES[name] and name not in edit.selection for name in ("pos", "key")):
+            shape = [*part.shape[:i], row.n_columns, *part.shape[i + 1 :]]
+            whole = part.new_full(shape, -torch.inf if edit.hook.endswith(SCORES) else 0.0)
+            part = whole.index_copy(i, torch.tensor(row.columns, device=part.device), part)
+    return part
 
 
 def read(model: Any, inputs: Any, what: str = "inputs") -> Inputs:
