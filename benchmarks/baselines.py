@@ -98,19 +98,23 @@ def windows(n_layers: int, width: int) -> list[range]:
     return [range(max(0, i - width // 2), min(n_layers, i + (width + 1) // 2)) for i in range(n_layers)]
 
 
-def knock_out(study: Study, cells: Sequence[Cell], keys: Sequence[int], width: int) -> Float[Tensor, " cell"]:
-    """Cells `(layer,)`: the last position does not see `keys` in the window of layers around that layer."""
+def knock_out(
+    study: Study, cells: Sequence[Cell], sources: Sequence[Sequence[int]], width: int
+) -> Float[Tensor, " cell"]:
+    """Cells `(layer, source)`: the last position does not see a source's keys in the window around a layer."""
     tokens = study.corrupt.tokens
     length = tokens.shape[1]
-    mask = torch.full((length, length), -torch.inf, device=tokens.device, dtype=study.hf.dtype).triu(1)
-    mask[-1, list(keys)] = -torch.inf
+    causal = torch.full((length, length), -torch.inf, device=tokens.device, dtype=study.hf.dtype).triu(1)
     blocked = windows(study.size.layers, width)
 
-    def blind(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        assert kwargs.get("attention_mask") is None, "without padding, causality is left to sdpa"
-        return args, {**kwargs, "attention_mask": mask[None, None]}
-
     def attach(cell: Cell) -> list[Any]:
+        mask = causal.clone()
+        mask[-1, list(sources[cell[1]])] = -torch.inf
+
+        def blind(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            assert kwargs.get("attention_mask") is None, "without padding, causality is left to sdpa"
+            return args, {**kwargs, "attention_mask": mask[None, None]}
+
         chosen = [layers(study.hf)[i].self_attn for i in blocked[cell[0]]]
         return [attention.register_forward_pre_hook(blind, with_kwargs=True) for attention in chosen]
 

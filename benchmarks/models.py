@@ -54,7 +54,7 @@ class Size:
 
 SIZES = {
     "toy": Size("toy", 3, 64, 112, 4, 2, 97, 3, 3, 48, 3, before=2, question=5, after=2),
-    "bench": Size("bench", 8, 384, 1024, 8, 8, 8192, 8, 3, 96, 2),
+    "bench": Size("bench", 16, 384, 1024, 16, 16, 8192, 8, 4, 128, 2),
 }
 """The tower of `bench` takes a few per cent of a forward, as the real one's does."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,14 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.models import Study
-from llava_lens import Inputs
-
-MISSING = "llava_lens.analysis does not have it yet"
-
-
-def has(function: str) -> bool:
-    """Whether `llava_lens.analysis` offers a function."""
-    return hasattr(_analysis(), function)
+from llava_lens import Inputs, analysis
 
 
 def patch_resid(study: Study) -> Float[Tensor, "layer position"]:
@@ -30,31 +22,22 @@ def patch_heads(study: Study, at: Literal["last"] | None = None) -> Float[Tensor
     return _patch(study, "z", ("layer", "head"), at)
 
 
-def knock_out(study: Study, keys: Sequence[int], width: int) -> Float[Tensor, " layer"]:
-    """The last position blind to `keys` in a sliding window of layers."""
-    metric = _difference(study)
-    return (
-        _analysis()
-        .knock_out(study.model, study.corrupt, from_="last", to=list(keys), window=width, metric=metric)
-        .values
-    )
+def knock_out(study: Study, sources: Sequence[Sequence[int]], width: int) -> Float[Tensor, "layer source"]:
+    """The last position blind to each of some sets of keys, in a sliding window of layers."""
+    to = {str(i): list(keys) for i, keys in enumerate(sources)}
+    how: Any = dict(window=width, metric=_difference(study), progress=False)
+    return analysis.knock_out(study.model, study.corrupt, "last", to, **how).values
 
 
 def ask(study: Study, prompts: Sequence[Inputs]) -> Float[Tensor, "prompt d_vocab"]:
     """Each prompt's last logits."""
-    return _analysis().ask(study.model, list(prompts))
+    return analysis.ask(study.model, list(prompts))
 
 
 def _patch(study: Study, hook: str, sweep: tuple[str, ...], at: str | None = None) -> Tensor:
-    scores = _analysis().patch(
-        study.model, study.clean, study.corrupt, hook, sweep=sweep, at=at, metric=_difference(study)
-    )
-    return scores.values
+    how: Any = dict(sweep=sweep, at=at, metric=_difference(study), progress=False)
+    return analysis.patch(study.model, study.clean, study.corrupt, hook, **how).values
 
 
 def _difference(study: Study) -> Any:
-    return importlib.import_module("llava_lens.analysis.metrics").logit_diff(study.a, study.b)
-
-
-def _analysis() -> Any:
-    return importlib.import_module("llava_lens.analysis")
+    return analysis.logit_diff(study.a, study.b)

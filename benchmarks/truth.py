@@ -67,15 +67,18 @@ def patch_heads(
 
 
 def knock_out(
-    model: HookedLlava, study: Study, cells: Sequence[Cell], keys: Sequence[int], width: int
+    model: HookedLlava, study: Study, cells: Sequence[Cell], sources: Sequence[Sequence[int]], width: int
 ) -> Float[Tensor, " cell"]:
-    """Cells `(layer,)`: the last position's scores on `keys` become -inf in the window around that layer."""
-
-    def blind(scores: Tensor, hook: Any) -> None:
-        scores[:, :, -1, list(keys)] = -torch.inf
-
+    """Cells `(layer, source)`: the last position's scores on a source become -inf in the window around a layer."""
     blocked = windows(study.size.layers, width)
-    return loop(model, study, cells, lambda cell: [(name(i, "attn_scores"), blind) for i in blocked[cell[0]]])
+
+    def edits(cell: Cell) -> list[Edit]:
+        def blind(scores: Tensor, hook: Any) -> None:
+            scores[:, :, -1, list(sources[cell[1]])] = -torch.inf
+
+        return [(name(i, "attn_scores"), blind) for i in blocked[cell[0]]]
+
+    return loop(model, study, cells, edits)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import baselines, measure, truth
+from benchmarks import baselines, measure, ours, truth
 from benchmarks.__main__ import main
 from benchmarks.bridge import CANNOT, Bridge, nothing_is_installed
 from benchmarks.cases import every_case
@@ -75,9 +75,9 @@ def test_the_loop_over_heads_equals_brute_force(study, at):
 
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_the_knockout_loop_equals_brute_force(study, width):
-    cells = [(layer,) for layer in LAYERS]
-    found = baselines.knock_out(study, cells, study.image, width)
-    wanted = truth.knock_out(study.exact, study, cells, study.image, width)
+    cells, sources = list(itertools.product(LAYERS, range(2))), [study.image, study.image[:4]]
+    found = baselines.knock_out(study, cells, sources, width)
+    wanted = truth.knock_out(study.exact, study, cells, sources, width)
     torch.testing.assert_close(found, wanted.to(found.dtype), **LOOSE)
     assert (found - unpatched(study)).abs().min() > 1e-3
 
@@ -96,10 +96,25 @@ def test_every_way_to_ask_gives_the_same_logits(study, way):
     assert (found[0] - found[1]).abs().max() > 0.1
 
 
+def test_ours_equals_brute_force(study, words):
+    sources = [study.image, study.image[:4]]
+    cells = list(itertools.product(LAYERS, range(2)))
+    pairs = [
+        (ours.patch_resid(study), truth.patch_resid(study.exact, study, RESID)),
+        (ours.patch_resid(words), truth.patch_resid(words.exact, words, RESID)),
+        (ours.patch_heads(study), truth.patch_heads(study.exact, study, Z)),
+        (ours.patch_heads(study, "last"), truth.patch_heads(study.exact, study, Z, LAST)),
+        (ours.knock_out(study, sources, 3), truth.knock_out(study.exact, study, cells, sources, 3)),
+        (ours.ask(study, questions(study, 4)), truth.ask(study.exact, questions(study, 4))),
+    ]
+    for found, wanted in pairs:
+        torch.testing.assert_close(found.flatten().double(), wanted.flatten().double(), **LOOSE)
+
+
 def test_loops_leave_no_hooks_behind(study):
     before = unpatched(study)
     baselines.patch_resid(study, RESID[-2:], baselines.clean_activations(study)["resid_pre"])
-    baselines.knock_out(study, [(1,)], study.image, 3)
+    baselines.knock_out(study, [(1, 0)], [study.image], 3)
     assert torch.equal(unpatched(study), before)
 
 

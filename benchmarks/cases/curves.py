@@ -8,7 +8,7 @@ from functools import partial
 
 from benchmarks import baselines, ours, truth
 from benchmarks.cases import Case
-from benchmarks.cases.sweeps import Found, Grid, llava_lens_or_not
+from benchmarks.cases.sweeps import Found, Grid
 from benchmarks.compare import Settings, compare
 from benchmarks.models import SIZES, Size, make_study
 
@@ -28,19 +28,16 @@ def curve(axis: str, settings: Settings) -> Found:
     """One row per variant and size."""
     name = f"curves/{axis}"
     found: Found = []
-    notes: Found = []
     for size in sizes(axis, settings.quick):
         study = make_study(size, "picture", settings.device)
         grid = Grid(size.layers, size.positions, visit=6 if settings.quick else 12)
         clean = baselines.clean_activations(study)["resid_pre"]
-        own, notes = llava_lens_or_not(
-            name, "patch", partial(grid.whole, "llava_lens", partial(ours.patch_resid, study))
-        )
+        own = grid.whole("llava_lens", partial(ours.patch_resid, study))
         loop = grid.looped("hf loop", partial(baselines.patch_resid, study, clean=clean))
         exact = truth.patch_resid(study.exact, study, grid.part)
         params = {axis: getattr(size, axis)}
-        found += compare(name, size, params, len(grid.cells), [loop, *own], exact, settings)
-    return [*found, *notes]
+        found += compare(name, size, params, len(grid.cells), [loop, own], exact, settings)
+    return found
 
 
 CASES = [

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from benchmarks import baselines, ours, truth
@@ -18,8 +19,8 @@ from benchmarks.models import SIZES, Size, make_study, questions
 from benchmarks.rows import LeftOut, Row
 
 Found = list[Row | LeftOut]
-WIDTH = 3
-"""Layers that a knockout window takes."""
+WIDTH, SOURCES = 3, 5
+"""Layers that a knockout window takes, and parts that the picture is cut into."""
 
 
 def size_for(settings: Settings) -> Size:
@@ -45,13 +46,6 @@ class Grid:
         return Variant(name, lambda: run().flatten()[self.visited])
 
 
-def llava_lens_or_not(case: str, function: str, variant: Callable[[], Variant]) -> tuple[list[Variant], Found]:
-    """Our variant, or the note that the package does not have it yet."""
-    if ours.has(function):
-        return [variant()], []
-    return [], [LeftOut(case, "llava_lens", f"{function}: {ours.MISSING}")]
-
-
 def resid(differ: Literal["picture", "words"], settings: Settings) -> Found:
     """The residual stream at every layer and position."""
     name = "sweeps/resid" if differ == "picture" else "sweeps/resid-words"
@@ -59,14 +53,13 @@ def resid(differ: Literal["picture", "words"], settings: Settings) -> Found:
     grid = Grid(study.size.layers, study.size.positions, visit=12 if settings.quick else 48)
     bridge, clean = Bridge(study), baselines.clean_activations(study)["resid_pre"]
     bridge_clean = bridge.clean_cache("resid_pre")
-    own, notes = llava_lens_or_not(name, "patch", lambda: grid.whole("llava_lens", lambda: ours.patch_resid(study)))
     variants = [
         grid.looped("hf loop", lambda cells: baselines.patch_resid(study, cells, clean)),
         grid.looped("transformer_lens", lambda cells: bridge.patch_resid(cells, bridge_clean)),
-        *own,
+        grid.whole("llava_lens", lambda: ours.patch_resid(study)),
     ]
     exact = truth.patch_resid(study.exact, study, grid.part)
-    return [*compare(name, study.size, {"differ": differ}, len(grid.cells), variants, exact, settings), *notes]
+    return [*compare(name, study.size, {"differ": differ}, len(grid.cells), variants, exact, settings)]
 
 
 def heads(at: Literal["all", "last"], settings: Settings) -> Found:
@@ -79,28 +72,29 @@ def heads(at: Literal["all", "last"], settings: Settings) -> Found:
     bridge_clean = bridge.clean_cache("z")
     theirs = bridge.patch_heads if at == "all" else bridge.patch_heads_last
     mine = partial(ours.patch_heads, study, None if at == "all" else "last")
-    own, notes = llava_lens_or_not(name, "patch", lambda: grid.whole("llava_lens", mine))
     variants = [
         grid.looped("hf loop", lambda cells: baselines.patch_heads(study, cells, clean, where)),
         grid.looped("transformer_lens", lambda cells: theirs(cells, bridge_clean)),
-        *own,
+        grid.whole("llava_lens", mine),
     ]
     exact = truth.patch_heads(study.exact, study, grid.part, where)
-    return [*compare(name, study.size, {"at": at}, len(grid.cells), variants, exact, settings), *notes]
+    return [*compare(name, study.size, {"at": at}, len(grid.cells), variants, exact, settings)]
 
 
 def knockout(settings: Settings) -> Found:
-    """The last position blind to the picture in a window of layers."""
+    """The last position blind to each part of the picture in a window of layers."""
     name = "sweeps/knockout"
     study = make_study(size_for(settings), "picture", settings.device)
-    grid = Grid(study.size.layers, visit=study.size.layers)
-    own, notes = llava_lens_or_not(
-        name, "knock_out", lambda: grid.whole("llava_lens", lambda: ours.knock_out(study, study.image, WIDTH))
-    )
-    loop = grid.looped("hf loop", lambda cells: baselines.knock_out(study, cells, study.image, WIDTH))
-    exact = truth.knock_out(study.exact, study, grid.part, study.image, WIDTH)
-    rows = compare(name, study.size, {"window": WIDTH}, len(grid.cells), [loop, *own], exact, settings)
-    return [*rows, LeftOut(name, "transformer_lens", CANNOT["knockout"]), *notes]
+    sources = [part.tolist() for part in torch.tensor(study.image).tensor_split(SOURCES)]
+    grid = Grid(study.size.layers, SOURCES, visit=12 if settings.quick else 40)
+    variants = [
+        grid.looped("hf loop", lambda cells: baselines.knock_out(study, cells, sources, WIDTH)),
+        grid.whole("llava_lens", lambda: ours.knock_out(study, sources, WIDTH)),
+    ]
+    exact = truth.knock_out(study.exact, study, grid.part, sources, WIDTH)
+    params = {"window": WIDTH, "sources": SOURCES}
+    rows = compare(name, study.size, params, len(grid.cells), variants, exact, settings)
+    return [*rows, LeftOut(name, "transformer_lens", CANNOT["knockout"])]
 
 
 def several_questions(settings: Settings) -> Found:
@@ -108,16 +102,15 @@ def several_questions(settings: Settings) -> Found:
     name = "sweeps/questions"
     study = make_study(size_for(settings), "picture", settings.device)
     prompts = questions(study, 5)
-    own, notes = llava_lens_or_not(name, "ask", lambda: Variant("llava_lens", lambda: ours.ask(study, prompts)))
     variants = [
         Variant("hf one by one", lambda: baselines.ask_each(study.hf, prompts)),
         Variant("hf batch", lambda: baselines.ask_batch(study.hf, prompts)),
         Variant("hf shared start", lambda: baselines.ask_prefix(study.hf, prompts)),
-        *own,
+        Variant("llava_lens", lambda: ours.ask(study, prompts)),
     ]
     exact = truth.ask(study.exact, prompts)
     rows = compare(name, study.size, {"questions": len(prompts)}, len(prompts), variants, exact, settings)
-    return [*rows, LeftOut(name, "transformer_lens", CANNOT["questions"]), *notes]
+    return [*rows, LeftOut(name, "transformer_lens", CANNOT["questions"])]
 
 
 CASES = [
@@ -125,6 +118,6 @@ CASES = [
     Case("sweeps/resid-words", "the same where only words of the question differ", partial(resid, "words")),
     Case("sweeps/heads", "every head's z at all positions", partial(heads, "all")),
     Case("sweeps/heads-last", "every head's z at the last position", partial(heads, "last")),
-    Case("sweeps/knockout", "last position → picture blocked in a window of layers", knockout),
+    Case("sweeps/knockout", "last position → parts of the picture blocked in a window of layers", knockout),
     Case("sweeps/questions", "five questions on one picture", several_questions),
 ]

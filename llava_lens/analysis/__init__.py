@@ -1,7 +1,17 @@
 """Analyses: functions from a cache, or a model and inputs, to `Scores`."""
 
+from llava_lens.analysis.ablate import ablate
+from llava_lens.analysis.asking import ask
 from llava_lens.analysis.attribution import log_prob_increase, mean_attention, names_for
 from llava_lens.analysis.explanation import Explanation, explain
+from llava_lens.analysis.knockout import blocked, knock_out
+from llava_lens.analysis.metrics import Metric, kl, log_prob, logit, logit_diff, prob, recovery
+from llava_lens.analysis.patch import back_patch, patch
 from llava_lens.analysis.scores import Entry, Scores
+from llava_lens.analysis.where import Patches
 
-__all__ = ["Entry", "Explanation", "Scores", "explain", "log_prob_increase", "mean_attention", "names_for"]
+__all__ = [
+    "Entry", "Explanation", "Metric", "Patches", "Scores", "ablate", "ask", "back_patch", "blocked", "explain", "kl",
+    "knock_out", "log_prob", "log_prob_increase", "logit", "logit_diff", "mean_attention", "names_for", "patch", "prob",
+    "recovery",
+]  # fmt: skip

@@ -79,21 +79,19 @@ def run_cells(
         base.require(entered(base.model, (edit.hook for edits in cells for edit in edits)))
     planned = [located(base, i, tuple(edits)) for i, edits in enumerate(cells)]
     live = [cell for cell in planned if not all(base.is_noop(edit) for edit in cell.edits)]
-    key = "" if file is None else sweep_key(setting, cells, on)
-    journal = Journal(file, len(cells), key)
-    idle = set(range(len(cells))) - {cell.number for cell in live}
-    journal.values[sorted(idle)] = baseline
+    n, idle = len(cells), without_effect(live, len(cells))
+    journal = Journal(file, n + len(idle), "" if file is None else sweep_key(setting, cells, on))
+    journal.values[sorted(set(range(n)) - {cell.number for cell in live})] = baseline
     runner = _full if isinstance(base, FullBase) else _short
-    with torch.inference_mode():
+    bar = tqdm(total=len(live), desc=what, unit="run", disable=not progress, delay=1.0, leave=False)
+    with torch.inference_mode(), bar:
         try:
-            bar = tqdm(total=len(live), desc=what, unit="run", disable=not progress, delay=1.0, leave=False)
-            with bar:
-                runner(base, setting.bound, live, journal, max_bytes, bar)
+            runner(base, setting.bound, [*live, *idle], journal, max_bytes, bar)
         finally:
             journal.save()
-        floor = _floor(base, setting.bound, live, baseline, max_bytes, runner)
+    floor = float((journal.values[n:] - baseline).abs().max()) if idle else 0.0
     path = "shortened runs" if setting.why is None else f"full forward passes ({setting.why})"
-    return Outcome(journal.values, baseline, floor, len(live), path)
+    return Outcome(journal.values[:n], baseline, floor, len(live), path)
 
 
 def _spanned(bound: Bound, value: float) -> float:
@@ -140,20 +138,14 @@ def _full(base: Base, bound: Bound, live: Sequence[Planned], journal: Journal, m
         bar.update(1)
 
 
-def _floor(base: Base, bound: Bound, live: Sequence[Planned], baseline: float, max_bytes: int, runner: Any) -> float:
-    """The most that edits without effect move the metric, run at the places of some of the cells."""
-    if not live:
-        return 0.0
+def without_effect(live: Sequence[Planned], number: int) -> list[Planned]:
+    """Some of the cells with edits that change nothing, numbered from `number` on, to be run among the others."""
     ordered = sorted(live, key=lambda cell: (cell.first, cell.stage))
     step = max(1, (len(ordered) - 1) // max(1, N_FLOORS - 1))
-    chosen = ordered[::step][:N_FLOORS]
-    idle = [
-        replace(cell, number=i, edits=tuple(replace(edit, value=0.0, how="add") for edit in cell.edits))
-        for i, cell in enumerate(chosen)
+    return [
+        replace(cell, number=number + i, edits=tuple(replace(edit, value=0.0, how="add") for edit in cell.edits))
+        for i, cell in enumerate(ordered[::step][:N_FLOORS])
     ]
-    journal = Journal(None, len(idle), "")
-    runner(base, bound, idle, journal, max_bytes, tqdm(disable=True))
-    return float((journal.values - baseline).abs().max())
 
 
 def sweep_key(setting: Setting, cells: Sequence[Cell], on: str) -> str:
