@@ -57,7 +57,7 @@ def knock_out(
     facts |= {name: _said(given) for name, given in named.items() if not isinstance(given, Mapping)}
     every = range(cfg.n_heads) if some is None else some
     ways: dict[str, list[Any]] = {
-        "layer": windows(chosen, window or 1) if "layer" in axes else [chosen],
+        "layer": windows(chosen, 1 if window is None else window) if "layer" in axes else [chosen],
         "head": [(head,) for head in every] if "head" in axes else [some],
     }
     kept = (*axes, *(name for name, given in named.items() if isinstance(given, Mapping)))
