@@ -473,7 +473,7 @@ def correlations(screened: Screened) -> list[float]:
     return each
 
 
-@pytest.mark.parametrize("hook,sweep,least", [("resid_pre", ("layer", "position"), 0.4), ("z", ("layer", "head"), 0.6)])
+@pytest.mark.parametrize("hook,sweep,least", [("resid_pre", ("layer", "position"), 0.7), ("z", ("layer", "head"), 0.9)])
 def test_on_the_embedded_model_estimates_go_with_exact_effects(hook, sweep, least):
     model, clean, corrupt, answers = scene_pair()
     screened = attribution_patch(model, clean, corrupt, hook, sweep, metric=log_prob(answers), progress=False, top_k=60)
