@@ -195,7 +195,7 @@ def hooks_of(
 
     `n_pos` is the prompt's length, `first_image` the number of the row's first picture in the batch. In the cached
     steps of generation positions go on counting; an edit without `pos` holds at every step, one with `onward` at
-    those after the prompt too.
+    those after the prompt too. The functions count, so they serve one run or one generation.
     """
     made: list[tuple[str, Callable[..., Any]]] = []
     for edit in edits:
@@ -219,14 +219,22 @@ class Counter:
         if not self.decoder or self.edit.pos is None:
             return self.edit, None
         length = act.shape[self.edit.axis_of("pos", self.axes)]
-        start = 0 if length >= self.n_pos else self.seen
+        start = self._start(length)
         self.seen = start + length
         edit = self.edit
         if edit.onward and self.seen > self.n_pos and edit.pos is not None:
             later = tuple(range(max(start, self.n_pos), self.seen))
             shown = tuple(p for p in edit.pos if p < self.n_pos) + later
             edit = Edit(edit.hook, edit.value, edit.how, shown, edit.head, edit.neuron, edit.key, edit.image)
-        return edit, Rows(range(start, self.seen))
+        return edit, Rows(range(start, self.seen), Rows(range(self.seen)))
+
+    def _start(self, length: int) -> int:
+        """The first position that an activation of some length carries."""
+        if length > self.n_pos or (length == self.n_pos and (length > 1 or not self.seen)):
+            return 0  # the whole text
+        if self.edit.hook == "hook_logits" and not self.seen:
+            return self.n_pos - length  # those of the last positions alone (`logits_to_keep`)
+        return self.seen
 
 
 def _writer(edit: Edit, axes: Sequence[str], sample: int, n_pos: int) -> Callable[..., Any]:
