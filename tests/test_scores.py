@@ -278,3 +278,23 @@ def test_a_frame_without_pandas_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(LensError, match="needs pandas, which is not installed: pip install pandas"):
         sure().to_frame()
+
+
+def test_effects_are_taken_against_the_baseline():
+    scores = Scores(torch.tensor([[1.0, 4.0], [2.0, 8.0]]), ("batch", "layer"), method={"baseline": [1.0, 2.0]})
+    assert scores.effect().values.tolist() == [[0.0, 3.0], [0.0, 6.0]] and scores.effect().method["baseline"] == 0
+    one = Scores(
+        torch.tensor([3.0]), ("layer",), method={"baseline": 1.0}, low=torch.tensor([2.0]), high=torch.tensor([5.0])
+    )
+    moved = one.effect()
+    assert moved.low is not None and moved.high is not None
+    assert (moved.values.item(), moved.low.item(), moved.high.item()) == (2.0, 1.0, 4.0)
+    with pytest.raises(LensError, match=r"take effect\(\) before mean\(\)"):
+        scores.mean().effect()
+    with pytest.raises(LensError, match="no baseline"):
+        Scores(torch.zeros(1), ("layer",)).effect()
+
+
+def test_the_largest_either_way():
+    scores = Scores(torch.tensor([1.0, -3.0, float("nan"), 2.0]), ("layer",))
+    assert [entry.value for entry in scores.top(2, absolute=True)] == [-3.0, 2.0]

@@ -236,6 +236,35 @@ def test_a_subclass_with_its_own_forward_runs_in_full():
     assert float(out.values[0]) == pytest.approx(float(brute_force(model, inputs, 0, cell, [-1])[0, 3]), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("lasting", "cell", "short"),
+    [
+        ("hook_embed", "projector.hook_out", False),
+        ("hook_embed", "hook_text_embed", False),
+        ("vision.blocks.1.hook_resid_pre", "vision.blocks.0.hook_resid_pre", False),
+        ("projector.hook_out", "projector.hook_in", False),
+        ("hook_embed", "hook_embed", True),
+        ("vision.blocks.0.hook_resid_pre", "vision.blocks.1.hook_resid_pre", True),
+        ("projector.hook_out", "blocks.1.hook_resid_pre", True),
+    ],
+)
+def test_a_lasting_edit_holds_behind_every_cell(lasting, cell, short):
+    model = hooked("grouped")
+    inputs = inputs_of(model, "grouped", (1, 1), None)
+    row = Row.of(model, inputs, 0)
+    noise = torch.randn(3, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    kept = Edit(lasting, noise, "add", pos=[1, 2, 3])
+    made = (Edit(cell, 0.7, "multiply", pos=[2]),)
+    setting = settle(model, row, metric=logit(3), names=[cell], corruption=[kept])
+    out = run_cells(setting, [made], progress=False)
+    assert (out.path == "shortened runs") == short
+    wanted = float(brute_force(model, inputs, 0, (kept, *made), [row.last])[0, 3])
+    assert float(out.values[0]) == pytest.approx(wanted, rel=1e-12)
+    assert setting.corrupt_value == pytest.approx(
+        float(brute_force(model, inputs, 0, [kept], [row.last])[0, 3]), rel=1e-12
+    )
+
+
 # ---- metrics
 
 

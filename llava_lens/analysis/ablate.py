@@ -7,7 +7,7 @@ a word of the question with the words of questions.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Unpack
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from llava_lens.analysis.grid import Reach, Sweep
-from llava_lens.analysis.scores import Scores, stacked
-from llava_lens.analysis.study import Running, Turn, each_row, read, taken
+from llava_lens.analysis.scores import Scores
+from llava_lens.analysis.study import Running, Turn, each_row, over_repeats, read, taken
 from llava_lens.errors import LensError, nearest
 from llava_lens.inputs import Inputs
 from llava_lens.sweep.base import Base
@@ -89,14 +89,10 @@ def ablate(
         held = [FullBase(model, other, grid.hooks, (), turn.how.get("fwd_hooks", ())) for other in others]
         draws = []
         for repeat in range(repeats):
-            generator = torch.Generator().manual_seed(seed + repeat)
-            source = _source(by, held, setting.clean, grid.hooks, sigma, generator)
+            source = _source(by, held, setting.clean, grid.hooks, sigma, turn.generator(seed, repeat))
             cells = [cell.edits(0.0 if source is None else partial(taken, source)) for cell in grid.cells]
             draws.append(turn.measure(setting, grid, cells, part=str(repeat) if repeats > 1 else "", **facts))
-        if repeats == 1:
-            return draws[0]
-        every = stacked(draws)
-        return replace(every, axes=("repeat", *every.axes[1:])).mean("repeat")
+        return over_repeats(draws) if repeats > 1 else draws[0]
 
     return each_row(model, inputs, metric, how, study)
 

@@ -43,6 +43,20 @@ def mean(scores: Scores, names: tuple[str, ...], seed: int = 0) -> Scores:
     )
 
 
+def effect(scores: Scores) -> Scores:
+    """`scores` minus their baseline; `Scores.effect` says more."""
+    baseline = scores.method.get("baseline")
+    if baseline is None:
+        raise LensError("these scores have no baseline; interventions (patch, ablate, knock_out …) give one")
+    if isinstance(baseline, list):
+        if "batch" not in scores.axes or len(baseline) != scores.length("batch"):
+            raise LensError(f"{len(baseline)} baselines, one per row, and no such rows: take effect() before mean()")
+        shape = [-1 if axis == "batch" else 1 for axis in scores.axes]
+        baseline = torch.tensor(baseline, dtype=scores.values.dtype).reshape(shape)
+    ends = {name: end - baseline for name in ("low", "high") if (end := getattr(scores, name)) is not None}
+    return replace(scores, values=scores.values - baseline, method={**scores.method, "baseline": 0.0}, **ends)
+
+
 def difference(a: Scores, b: Scores) -> Scores:
     """`a - b`; `Scores.__sub__` says more."""
     if (a.axes, a.unit) != (b.axes, b.unit):

@@ -152,10 +152,18 @@ class Scores:
         """
         return combine.difference(self, other) if isinstance(other, Scores) else NotImplemented
 
-    def top(self, k: int = 10) -> list[Entry]:
-        """The `k` highest scores, highest first; those that are not a number are left out."""
+    def effect(self) -> Scores:
+        """What each cell changes: the scores minus the `baseline` in `method`, the metric where nothing is done.
+
+        Raises `LensError` without a baseline, and after a mean over rows that each had their own.
+        """
+        return combine.effect(self)
+
+    def top(self, k: int = 10, absolute: bool = False) -> list[Entry]:
+        """The `k` highest scores (the largest either way if `absolute`), highest first; NaN is left out."""
         flat = self.values.flatten()
-        order = flat.nan_to_num(-math.inf).argsort(descending=True, stable=True)
+        ranked = flat.abs() if absolute else flat
+        order = ranked.nan_to_num(-math.inf).argsort(descending=True, stable=True)
         order = order[~flat[order].isnan()][:k]
         return [self._entry(int(i)) for i in order]
 

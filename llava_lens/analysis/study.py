@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -20,6 +20,7 @@ from llava_lens.errors import LensError, nearest
 from llava_lens.inputs import Inputs
 from llava_lens.sweep.edits import AXES, FRONT, SCORES, Edit
 from llava_lens.sweep.engine import MAX_BYTES, Outcome, run_cells
+from llava_lens.sweep.journal import digest
 from llava_lens.sweep.metrics import Metric, metric_of
 from llava_lens.sweep.rows import Row
 from llava_lens.sweep.setting import Hooks, Setting, settle
@@ -81,6 +82,10 @@ class Turn:
         budget, progress = self.how.get("max_bytes", MAX_BYTES), self.how.get("progress", True)
         return run_cells(setting, cells, on, max_bytes=budget, progress=progress, file=file, what=what)
 
+    def generator(self, seed: int, repeat: int) -> torch.Generator:
+        """Random numbers of one repeat of this row: others for every row, repeat and seed."""
+        return torch.Generator().manual_seed(int(digest(seed, self.i, repeat), 16))
+
     def measure(
         self,
         setting: Setting,
@@ -118,6 +123,20 @@ def each_row(
 
     each = [study(turn(i)) for i in rows]
     return each[0] if len(each) == 1 else stacked(each)
+
+
+def over_repeats(draws: Sequence[Scores]) -> Scores:
+    """The mean of several draws of one study, with its interval, and what they have to say together."""
+    first, said = draws[0], [draw.method for draw in draws]
+    mean = replace(stacked(draws), axes=("repeat", *first.axes), roles=first.roles).mean("repeat")
+    method = {**first.method, "repeats": len(draws)}
+    if "corrupt" in first.method:
+        each = [facts["corrupt"] for facts in said]
+        method |= {"corrupt": sum(each) / len(each), "corrupt_each": each}
+    method["baseline"] = sum(facts["baseline"] for facts in said) / len(said)
+    method["noise_floor"] = max(facts["noise_floor"] for facts in said)
+    method |= {name: sum(facts[name] for facts in said) for name in ("cells", "ran")}
+    return replace(mean, method=method)
 
 
 def facts_of(setting: Setting) -> dict[str, Any]:

@@ -15,12 +15,11 @@ import torch
 
 from llava_lens.analysis.corruptions import EMBED, Corruption, gaussian
 from llava_lens.analysis.grid import Grid, Reach, Sweep
-from llava_lens.analysis.scores import Scores, stacked
-from llava_lens.analysis.study import Running, Turn, check_pair, each_row, read, taken
+from llava_lens.analysis.scores import Scores
+from llava_lens.analysis.study import Running, Turn, check_pair, each_row, over_repeats, read, taken
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
 from llava_lens.sweep.edits import FRONT
-from llava_lens.sweep.journal import digest
 from llava_lens.sweep.rows import Row
 from llava_lens.sweep.setting import Setting
 
@@ -79,7 +78,7 @@ def causal_trace(
         n = repeats if corruption.drawn else 1
         draws = []
         for repeat in range(n):
-            generator = torch.Generator().manual_seed(int(digest(seed, turn.i, repeat), 16))
+            generator = turn.generator(seed, repeat)
             setting = corrupted(turn, row, own[turn.i], generator, grid, image)
             cells = [cell.edits(partial(taken, setting.clean)) for cell in grid.cells]
             facts = {"score": f"causal trace {restore}", "corruption": told, "seed": seed}
@@ -120,15 +119,3 @@ def _refuse_what_is_clean(setting: Setting, corruption: Corruption, hooks: Seque
     if all(torch.equal(clean[hook][i], corrupt[hook][i]) for hook, i in which.items()):
         of = f" of image {image}" if hooks[0].startswith(FRONT) else ""
         raise LensError(f"nothing to restore at {hooks[0]!r}{of}: {corruption} changes nothing there")
-
-
-def over_repeats(draws: Sequence[Scores]) -> Scores:
-    """The mean of several draws of one study, with its interval, and what they have to say together."""
-    first, said = draws[0], [draw.method for draw in draws]
-    mean = replace(stacked(draws), axes=("repeat", *first.axes), roles=first.roles).mean("repeat")
-    each = [facts["corrupt"] for facts in said]
-    method = {**first.method, "repeats": len(draws), "corrupt": sum(each) / len(each), "corrupt_each": each}
-    method["baseline"] = sum(facts["baseline"] for facts in said) / len(said)
-    method["noise_floor"] = max(facts["noise_floor"] for facts in said)
-    method |= {name: sum(facts[name] for facts in said) for name in ("cells", "ran")}
-    return replace(mean, method=method)

@@ -26,7 +26,7 @@ from llava_lens.sweep.journal import Journal, digest
 from llava_lens.sweep.metrics import Bound, Metric, source_of
 from llava_lens.sweep.plan import Cell, Planned, Wave, located, waves
 from llava_lens.sweep.setting import FullBase, Setting
-from llava_lens.sweep.sites import entered, site_of
+from llava_lens.sweep.sites import entered, rank_of, site_of
 
 MAX_BYTES = 2**30
 """What the runs of one batch may hold together, unless told otherwise."""
@@ -79,6 +79,9 @@ def run_cells(
         base.require(entered(base.model, (edit.hook for edits in cells for edit in edits)))
     planned = [located(base, i, tuple(edits)) for i, edits in enumerate(cells)]
     live = [cell for cell in planned if not all(base.is_noop(edit) for edit in cell.edits)]
+    why = setting.why
+    if not isinstance(base, FullBase) and any(in_front(base, edit) for cell in live for edit in cell.edits):
+        base, why = FullBase(base.model, base.row, (), base.edits), "a cell changes what a lasting edit comes after"
     n, idle = len(cells), without_effect(live, len(cells))
     journal = Journal(file, n + len(idle), "" if file is None else sweep_key(setting, cells, on))
     journal.values[sorted(set(range(n)) - {cell.number for cell in live})] = baseline
@@ -90,8 +93,16 @@ def run_cells(
         finally:
             journal.save()
     floor = float((journal.values[n:] - baseline).abs().max()) if idle else 0.0
-    path = "shortened runs" if setting.why is None else f"full forward passes ({setting.why})"
+    path = "shortened runs" if why is None else f"full forward passes ({why})"
     return Outcome(journal.values[:n], baseline, floor, len(live), path)
+
+
+def in_front(base: Base, edit: Edit) -> bool:
+    """Whether an edit comes before a lasting one, which would have to be made again behind it."""
+    model = base.model
+    own = rank_of(model, edit.hook)
+    lasting = [(rank_of(model, other.hook), other.hook) for other in base.edits]
+    return any(own < rank or (own == rank and edit.hook != name) for rank, name in lasting)
 
 
 def _spanned(bound: Bound, value: float) -> float:

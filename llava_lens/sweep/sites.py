@@ -52,6 +52,15 @@ def site_of(model: Any, name: str) -> Site:
     return Site("decoder", 2 * model.cfg.n_layers)
 
 
+def rank_of(model: Any, name: str) -> tuple[int, int]:
+    """A hook's place in the order of a pass; what comes later never changes what comes earlier."""
+    room, stage = site_of(model, name)
+    inside = {"hook_text_embed": 0, "hook_embed": 1}.get(name, stage)
+    if room == "projector":
+        inside = [f"projector.hook_{part}" for part in ("in", "pre", "post", "out")].index(name)
+    return ("tower", "projector", "embed", "decoder").index(room), inside
+
+
 def names_at(model: Any, hook: str) -> list[str]:
     """The full names of a hook in every layer, from TransformerLens's short name: `"z"`, `"vision.resid_pre"`.
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from llava_lens.tiny.pairs import Pair, color_pairs
 from llava_lens.tiny.questions import Question, questions
 from llava_lens.tiny.scenes import Scene, SceneObject, render_scene
 from llava_lens.tiny.vocabulary import COLORS, SHAPES
@@ -10,5 +11,6 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 BEFORE_TUNING = Path(__file__).parent / "before_tuning"
 
 __all__ = [
-    "BEFORE_TUNING", "CHECKPOINT", "COLORS", "SHAPES", "Question", "Scene", "SceneObject", "questions", "render_scene",
+    "BEFORE_TUNING", "CHECKPOINT", "COLORS", "SHAPES", "Pair", "Question", "Scene", "SceneObject", "color_pairs",
+    "questions", "render_scene",
 ]  # fmt: skip
