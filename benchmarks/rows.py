@@ -68,6 +68,14 @@ class Report:
         """Write everything as JSON."""
         Path(path).write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read what `save` wrote."""
+        facts = json.loads(Path(path).read_text(encoding="utf-8"))
+        spreads = ("seconds", "times_faster_by_round")
+        rows = [Row(**{k: Spread(**v) if k in spreads else v for k, v in row.items()}) for row in facts["rows"]]
+        return cls(facts["machine"], rows, [LeftOut(**each) for each in facts["left_out"]])
+
 
 def machine(device: str) -> dict[str, Any]:
     """The device, the processor, the threads, the versions and the date."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_lens import HookedLlava
 from llava_lens.tiny import render_scene
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,7 @@ def test_the_readmes_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scene = render_scene(1_000_003)
     scene.image.save("dog.jpg")
+    scene.recolored(scene.find(shape="circle")[0], "red").image.save("other_dog.jpg")
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     swaps = {
         'HookedLlava.from_pretrained("llava-hf/llava-1.5-7b-hf")': "HookedLlava.tiny()",
@@ -44,6 +46,16 @@ def test_the_readmes_code_runs(tmp_path, monkeypatch):
         assert given in block, f"the README no longer says {given!r}"
         block = block.replace(given, embedded)
     exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_interventions_pages_code_runs():
+    scene = next(s for s in map(render_scene, range(2_000_000, 2_000_100)) if s.find(shape="circle") == (0,))
+    scene = scene.recolored(0, "red")
+    given = {"model": HookedLlava.tiny(), "scene": scene.image, "recolored": scene.recolored(0, "blue").image}
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/interventions.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    exec(compile(block, "interventions.md", "exec"), {**given, "mask": scene.objects[0].mask})
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from brute_force import hooked, inputs_of
 
 from llava_lens.errors import LensError
 from llava_lens.sweep import Edit, engine, log_prob, logit, run_cells, settle
-from llava_lens.sweep.journal import Journal, digest
+from llava_lens.sweep.journal import Journal, digest, source_of
 from llava_lens.sweep.rows import Row
 
 
@@ -127,6 +128,17 @@ def test_a_cache_is_no_sweep(tmp_path):
     cache.save(tmp_path / "cache.safetensors")
     with pytest.raises(LensError, match="no sweep"):
         run_cells(setting(), cells(), progress=False, file=tmp_path / "cache.safetensors")
+
+
+def test_functions_are_told_apart_by_what_they_hold():
+    def scaled(factor):
+        return lambda part: part * factor
+
+    one, same, other = ([(Edit("blocks.1.hook_resid_pre", scaled(f), pos=3),)] for f in (2.0, 2.0, 3.0))
+    keys = [engine.sweep_key(setting(), cells, "corrupt") for cells in (one, same, other)]
+    assert keys[0] == keys[1] != keys[2]
+    parts = [digest(source_of(f)) for f in (partial(scaled, 1), partial(scaled, 2), scaled(torch.ones(2)), scaled, len)]
+    assert len(set(parts)) == len(parts)
 
 
 def test_digests_tell_shapes_and_nesting_apart():

@@ -22,8 +22,8 @@ from llava_lens.sweep.base import Base
 from llava_lens.sweep.climb import DecoderClimb, Member
 from llava_lens.sweep.edits import Edit
 from llava_lens.sweep.front import embedded
-from llava_lens.sweep.journal import Journal, digest
-from llava_lens.sweep.metrics import Bound, Metric, source_of
+from llava_lens.sweep.journal import Journal, digest, source_of
+from llava_lens.sweep.metrics import Bound, Metric
 from llava_lens.sweep.plan import Cell, Planned, Wave, located, waves
 from llava_lens.sweep.setting import FullBase, Setting
 from llava_lens.sweep.sites import entered, rank_of, site_of
@@ -162,13 +162,13 @@ def without_effect(live: Sequence[Planned], number: int) -> list[Planned]:
 def sweep_key(setting: Setting, cells: Sequence[Cell], on: str) -> str:
     """What names a sweep: the model, both inputs, every edit and the metric."""
     bound, metric = setting.bound, setting.bound.metric
-    measured = metric if isinstance(metric, Metric) else source_of(metric)
+    measured = repr(metric) if isinstance(metric, Metric) else source_of(metric)
     inputs = [[row.inputs.tokens, row.inputs.pixels, row.columns] for row in (setting.clean.row, setting.corrupt.row)]
     lasting = [_facts(edit) for base in (setting.clean, setting.corrupt) for edit in base.edits]
     made = [[_facts(edit) for edit in edits] for edits in cells]
     whose = sorted(passport(setting.model).items())
     return digest(
-        whose, str(setting.model.cfg.dtype), inputs, lasting, made, repr(measured), bound.ids, on, setting.why
+        whose, str(setting.model.cfg.dtype), inputs, lasting, made, measured, bound.ids, on, setting.why
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,26 @@ def _flat(parts: Iterable[Any]) -> Iterable[Any]:
             yield from _flat(part)
         else:
             yield part
+
+
+def source_of(fn: Any) -> list[Any]:
+    """What tells one function from another, for `digest`: its name, its code, and what it has closed over."""
+    if isinstance(fn, partial):
+        return [source_of(fn.func), list(map(_held, fn.args)), [[k, _held(v)] for k, v in sorted(fn.keywords.items())]]
+    cells = [cell.cell_contents for cell in getattr(fn, "__closure__", None) or ()]
+    kept = [*cells, *(getattr(fn, "__defaults__", None) or ())]
+    try:
+        code = inspect.getsource(fn)
+    except (OSError, TypeError):
+        code = ""
+    return [getattr(fn, "__qualname__", type(fn).__name__), code, list(map(_held, kept))]
+
+
+def _held(value: Any) -> Any:
+    """A value as far as it says what it is wherever it lies in memory."""
+    if isinstance(value, Tensor | str | int | float | bool | list | tuple) or value is None:
+        return value
+    return source_of(value) if inspect.isfunction(value) else type(value).__name__
 
 
 class Journal:

@@ -6,7 +6,6 @@ not show, it reads only the end, and only that is computed; otherwise it gets th
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -209,11 +208,3 @@ def probe(fn: Callable[[Tensor], Any], logits: Float[Tensor, "pos d_vocab"], nam
     except (IndexError, RuntimeError):
         return False, poisoned[None]
     return False, None if short == value else poisoned[None]
-
-
-def source_of(fn: Any) -> str:
-    """What tells one user's function from another: its name and its code."""
-    try:
-        return f"{getattr(fn, '__qualname__', type(fn).__name__)}:{inspect.getsource(fn)}"
-    except (OSError, TypeError):
-        return getattr(fn, "__qualname__", type(fn).__name__)
