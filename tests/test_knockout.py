@@ -260,6 +260,23 @@ def test_the_picture_is_encoded_once(monkeypatch):
     assert len(calls) == 1
 
 
+def test_a_study_of_several_questions_encodes_their_picture_once(monkeypatch):
+    torch.set_num_threads(1)
+    model, scene = HookedLlava.tiny(dtype=torch.float64), render_scene(2_000_007)
+    asked = [q.text for q in questions(scene) if q.text.startswith("What is the color")][:3]
+    inputs = model.prepare(asked, scene.image)
+    alone = [ablate(model, inputs, metric=logit(TOKEN), row=i, progress=False) for i in range(len(asked))]
+    calls = []
+    encode = HookedLlava.encode_image
+    monkeypatch.setattr(HookedLlava, "encode_image", lambda self, pixels: calls.append(1) or encode(self, pixels))
+    monkeypatch.setattr("llava_lens.sweep.sites.FRONT_SEAMS", ())
+    together = ablate(model, inputs, metric=logit(TOKEN), progress=False)
+    assert len(asked) == 3 and len(calls) == 1
+    torch.testing.assert_close(
+        together.values, torch.stack([scores.values for scores in alone]), rtol=1e-12, atol=1e-12
+    )
+
+
 # ---- what it shows on the embedded model
 
 

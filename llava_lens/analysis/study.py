@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -18,12 +18,13 @@ from llava_lens.analysis.grid import Grid
 from llava_lens.analysis.scores import Scores, stacked
 from llava_lens.errors import LensError, nearest
 from llava_lens.inputs import Inputs
+from llava_lens.sweep.base import Base
 from llava_lens.sweep.edits import AXES, FRONT, SCORES, Edit
 from llava_lens.sweep.engine import MAX_BYTES, Outcome, run_cells
 from llava_lens.sweep.journal import digest
 from llava_lens.sweep.metrics import Metric, metric_of
 from llava_lens.sweep.rows import Row
-from llava_lens.sweep.setting import Hooks, Setting, settle
+from llava_lens.sweep.setting import FullBase, Hooks, Setting, settle
 
 
 class Running(TypedDict, total=False):
@@ -53,6 +54,7 @@ class Turn:
     n_pos: int
     metric: Any
     how: Running
+    before: list[Base] = field(default_factory=list)
 
     def row(self, inputs: Inputs) -> Row:
         """This row of a batch."""
@@ -61,9 +63,18 @@ class Turn:
     def settle(
         self, clean: Row, corrupt: Row | None = None, names: Sequence[str] = (), corruption: Sequence[Edit] = ()
     ) -> Setting:
-        """The runs that cells are made on, with `names` recorded, and the metric, as in `llava_lens.sweep.settle`."""
+        """The runs that cells are made on, with `names` recorded, and the metric, as in `llava_lens.sweep.settle`.
+
+        A row that begins like the one before it, with the same picture, starts from its run.
+        """
         hooks, full = self.how.get("fwd_hooks", ()), self.how.get("full", False)
-        return settle(self.model, clean, corrupt, self.metric, names, corruption, hooks, full)
+        like = self.before.pop() if self.before else None
+        setting = settle(self.model, clean, corrupt, self.metric, names, corruption, hooks, full, like)
+        if not isinstance(setting.clean, FullBase):
+            self.before.append(setting.clean)
+        if like is not None and like is not setting.clean:
+            like.like = None  # a run keeps the one it began with, but not all before that
+        return setting
 
     def run(
         self,
@@ -117,9 +128,11 @@ def each_row(
         raise LensError(f"row {row}; expected {-n} … {n - 1}")
     rows = range(n) if row is None else [row % n]
 
+    before: list[Base] = []
+
     def turn(i: int) -> Turn:
         mine = kind.of_row(i, n) if isinstance(kind, Metric) else kind
-        return Turn(model, i, n, inputs.n_pos, mine, how)  # type: ignore[arg-type]
+        return Turn(model, i, n, inputs.n_pos, mine, how, before)  # type: ignore[arg-type]
 
     each = [study(turn(i)) for i in rows]
     return each[0] if len(each) == 1 else stacked(each)

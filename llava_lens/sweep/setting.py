@@ -91,8 +91,9 @@ def settle(
     corruption: Sequence[Edit] = (),
     fwd_hooks: Hooks = (),
     full: bool = False,
+    like: Base | None = None,
 ) -> Setting:
-    """Run both rows, recording `names`, and tie the metric to them.
+    """Run both rows, recording `names`, and tie the metric to them; what begins like the run `like` starts from it.
 
     `corruption` are lasting edits of the corrupt run; without it and without `corrupt` there is one run. `fwd_hooks`
     are the user's, held in every run. Raises `LensError` for an answer of several tokens where one is needed, a metric
@@ -111,7 +112,7 @@ def settle(
             return FullBase(model, row, names, edits, fwd_hooks)
         return Base.of(model, row, (*names, *entered(model, names)), edits, like)
 
-    one = run(clean)
+    one = run(clean, (), like)
     paired = corrupt is not None or bool(corruption)
     other = run(corrupt or clean, corruption, one) if paired else one
     for which, base in (("clean", one), ("corrupt", other)):
