@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from brute_force import hooked, inputs_of
 
 from llava_lens.errors import LensError
 from llava_lens.sweep import Edit, engine, log_prob, logit, run_cells, settle
-from llava_lens.sweep.journal import Journal, digest, source_of
+from llava_lens.sweep.journal import Journal, digest, source_of, weights_of
 from llava_lens.sweep.rows import Row
 
 
@@ -76,6 +78,69 @@ def settled_full():
     return settle(model, Row.of(model, inputs_of(model, "plain", (1, 1), None), 0), metric=logit(3), full=True)
 
 
+class Callable:
+    """A metric that is no plain function."""
+
+    def __call__(self, logits):
+        return logits[0, -1, 3]
+
+
+@pytest.mark.parametrize("metric", [Callable(), Callable().__call__], ids=["object", "method"])
+def test_a_metric_that_cannot_be_told_from_another_takes_no_file(tmp_path, metric):
+    with pytest.raises(LensError, match=r"file= cannot tell .* from another: it works with a Callable"):
+        run_cells(setting(metric), cells(), progress=False, file=tmp_path / "sweep.safetensors")
+    assert not list(tmp_path.iterdir()) and run_cells(setting(metric), cells(), progress=False).ran == 36
+
+
+FACTOR = 1.0
+
+
+def scaled_by_global(logits):
+    return logits[0, -1, 3] * FACTOR
+
+
+def test_what_a_metric_works_with_belongs_to_the_key(monkeypatch):
+    def metric(held):
+        return lambda logits: logits[0, -1, 3] * next(iter(held.values())).item()
+
+    values = (np.array([1.0]), np.array([2.0]), torch.tensor([3.0]))
+    keys = [engine.sweep_key(setting(metric({"by": value})), cells(), "corrupt") for value in values]
+    keys.append(engine.sweep_key(setting(scaled_by_global), cells(), "corrupt"))
+    monkeypatch.setitem(globals(), "FACTOR", 2.0)
+    keys.append(engine.sweep_key(setting(scaled_by_global), cells(), "corrupt"))
+    assert len(set(keys)) == len(keys)
+
+
+def test_hooks_of_the_user_belong_to_the_key(tmp_path):
+    model = hooked("plain", torch.float32)
+    row = Row.of(model, inputs_of(model, "plain", (1, 1), None), 0)
+
+    def scaled(factor):
+        return [("blocks.0.hook_mlp_out", lambda act, hook: act * factor)]
+
+    file = tmp_path / "sweep.safetensors"
+    for factor in (0.5, 2.0):
+        held = settle(model, row, metric=logit(3), fwd_hooks=scaled(factor))
+        if factor == 0.5:
+            run_cells(held, cells()[:3], progress=False, file=file)
+            continue
+        with pytest.raises(LensError, match="holds another sweep"):
+            run_cells(held, cells()[:3], progress=False, file=file)
+    with model.hooks(fwd_hooks=scaled(3.0)), pytest.raises(LensError, match="pass hooks as fwd_hooks= instead"):
+        run_cells(settle(model, row, metric=logit(3)), cells()[:3], progress=False, file=tmp_path / "b.safetensors")
+
+
+def test_every_bit_of_every_weight_belongs_to_the_key():
+    model = copy.deepcopy(hooked("plain", torch.float32))
+    before = weights_of(model)
+    with torch.no_grad():
+        model.unembed.weight[86, 7] = torch.nextafter(model.unembed.weight[86, 7], torch.tensor(9.0))
+    after = weights_of(model)
+    with torch.no_grad():
+        model.unembed.weight[[3, 4]] = model.unembed.weight[[4, 3]]
+    assert len({before, after, weights_of(model)}) == 3
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -117,6 +182,8 @@ def test_a_damaged_file_raises(tmp_path):
     torch.save({}, file)
     with pytest.raises(LensError, match="was cut off"):
         run_cells(setting(), cells(), progress=False, file=file)
+    with pytest.raises(LensError, match="is a folder; expected a file in it"):
+        run_cells(setting(), cells(), progress=False, file=tmp_path)
     with pytest.raises(LensError, match="there is no folder"):
         run_cells(setting(), cells(), progress=False, file=tmp_path / "nowhere" / "sweep.safetensors")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from brute_force import hooked, images_before, inputs_of
 
 from llava_lens import HookedLlava, Inputs
-from llava_lens.analysis import Patches, ablate, ask, blocked, knock_out, logit
+from llava_lens.analysis import Patches, ablate, ask, blocked, knock_out, log_prob, logit
 from llava_lens.errors import LensError
 from llava_lens.sweep import hooks_of
+from llava_lens.sweep.base import Base
 from llava_lens.sweep.journal import digest
 from llava_lens.tiny import questions, render_scene
 
@@ -118,6 +120,13 @@ def test_bad_knockouts():
     for given, message in cases:
         with pytest.raises(LensError, match=message):
             knock_out(model, inputs, **given)
+    for given, message in (
+        ({"row": 9}, "row 9; expected"),
+        ({"heads": 9}, "head 9"),
+        ({"from_": [2], "to": [5]}, "never"),
+    ):
+        with pytest.raises(LensError, match=message):
+            blocked(model, inputs, **given)
     with pytest.raises(LensError, match="has no 'image'"):
         knock_out(model, Inputs(torch.tensor([[5, 6, 7]])).with_roles(model.cfg), "last", "image")
 
@@ -203,6 +212,27 @@ def test_means_and_resamples_come_from_the_reference():
     assert drawn.low is not None and bool((drawn.low <= drawn.values).all())
 
 
+def test_an_answer_of_several_tokens_follows_the_references_too():
+    torch.set_num_threads(1)
+    model = HookedLlava.tiny()
+    scenes = [render_scene(seed) for seed in range(2_000_000, 2_000_003)]
+    asked = "What is the color of the square?"
+    inputs, others = model.prepare(asked, scenes[0].image), model.prepare([asked] * 2, [s.image for s in scenes[1:]])
+    for by in ("mean", "resample"):
+        how: Any = dict(by=by, reference=others, metric=log_prob("red circle"), progress=False)
+        assert bool(ablate(model, inputs, "mlp", **how).values.isfinite().all())
+
+
+def test_windows_reach_over_all_layers_whichever_are_chosen():
+    model = hooked("plain")
+    inputs = roles_known(model, inputs_of(model, "plain", (1,), None))
+    how: Any = dict(metric=logit(TOKEN), progress=False)
+    some, every = (ablate(model, inputs, "mlp", layers=layers, window=3, **how) for layers in ([1], None))
+    assert float(some.values[0]) == pytest.approx(float(every.values[1]), rel=1e-12)
+    some, every = (knock_out(model, inputs, layers=layers, window=2, **how) for layers in ([1], None))
+    assert float(some.values[0]) == pytest.approx(float(every.values[1]), rel=1e-12)
+
+
 def test_noise_is_the_same_for_every_cell_and_seeded():
     model = hooked("plain")
     inputs = roles_known(model, inputs_of(model, "plain", (1,), None))
@@ -247,6 +277,26 @@ def test_questions_on_one_picture_give_the_logits_of_single_runs(odd):
     batch = inputs_of(model, odd, (2, 1, 0), "left")
     with torch.no_grad():
         torch.testing.assert_close(ask(model, batch), model(batch)[:, -1], rtol=1e-11, atol=1e-11)
+
+
+def test_asking_holds_on_to_one_run_at_a_time():
+    model = hooked("plain")
+    one = inputs_of(model, "plain", (1,), None)
+    with pytest.raises(LensError, match="no prompt to ask"):
+        ask(model, [])
+    alive: list[int] = []
+    runs: list[Any] = []
+    original = Base.logits
+
+    def counted(self, places):
+        runs.append(weakref.ref(self))
+        alive.append(sum(run() is not None for run in runs))
+        return original(self, places)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Base, "logits", counted)
+        ask(model, [Inputs(torch.cat((one.tokens, torch.tensor([[7 + i]])), 1), one.pixels) for i in range(6)])
+    assert max(alive) <= 3
 
 
 def test_the_picture_is_encoded_once(monkeypatch):

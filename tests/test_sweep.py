@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
@@ -216,6 +217,67 @@ def test_a_reader_sees_full_runs():
     assert len(seen) >= 2 and all(shape[1] == inputs.n_pos for shape in seen)
 
 
+def mean_of_rows(part):
+    return part.mean(0, keepdim=True).expand_as(part) * 1.5
+
+
+MIXING = ["hook_logits", "ln_final.hook_normalized", "ln_final.hook_scale", *(
+    f"blocks.2.{name}" for name in ("hook_resid_post", "hook_mlp_out", "mlp.hook_post", "ln2.hook_normalized",
+    "hook_resid_mid", "hook_attn_out", "attn.hook_z", "attn.hook_q", "attn.hook_v", "hook_resid_pre", "hook_attn_in")),
+    "blocks.1.hook_resid_post", "hook_text_embed", "hook_embed"]  # fmt: skip
+
+
+@pytest.mark.parametrize("hook", MIXING)
+def test_a_function_is_shown_all_that_it_selects(hook):
+    """Also in the last block and behind it, where other edits need only what is read; and text, not pictures."""
+    model = hooked("plain")
+    inputs = inputs_of(model, "plain", (1, 2), "left")
+    for i in range(2):
+        row = Row.of(model, inputs, i)
+        picture = row.slots(model)[0]
+        for pos in ([*row.columns[-3:]], [picture[-1], picture[-1] + 1, row.last]):
+            cell = (Edit(hook, mean_of_rows, pos=pos),)
+            out = run_cells(settle(model, row, metric=logit(5), names=[hook]), [cell], progress=False)
+            wanted = float(brute_force(model, inputs, i, cell, [row.last])[0, 5])
+            assert out.path == "shortened runs" and float(out.values[0]) == pytest.approx(wanted, rel=1e-11)
+
+
+def test_padding_is_left_alone_on_both_paths():
+    model = hooked("plain")
+    row = Row.of(model, inputs_of(model, "plain", (2, 0), "left"), 1)
+    n = row.n_columns
+    weights = torch.rand(4, 1, n, dtype=torch.float64)
+    cells = [
+        (Edit("blocks.1.attn.hook_pattern", weights, pos=row.last),),
+        (Edit("blocks.1.hook_resid_pre", mean_of_rows),),
+        (Edit("blocks.1.hook_resid_pre", torch.rand(n, 64, dtype=torch.float64)),),
+    ]
+    values = [
+        run_cells(settle(model, row, metric=logit(5), full=full), cells, progress=False).values
+        for full in (True, False)
+    ]
+    torch.testing.assert_close(*values, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("what", ["block", "norm", "model", "forward", "mask"])
+def test_whoever_else_is_in_the_forward_pass_is_seen(what, monkeypatch):
+    model = copy.deepcopy(hooked("plain"))
+    inputs = inputs_of(model, "plain", (1,), None)
+    block: Any = model.blocks[1]
+    if what == "forward":
+        forward = block.forward
+        monkeypatch.setattr(block, "forward", lambda *a, **k: forward(*a, **k) * 1.5)
+    elif what == "mask":
+        monkeypatch.setattr(model, "mask", model.mask)
+    else:
+        module = {"block": block, "norm": model.ln_final, "model": model}[what]
+        module.register_forward_hook(lambda m, args, out: out * 1.5)
+    cell = (Edit("blocks.0.hook_resid_pre", 0.3, pos=4),)
+    out = run_cells(settle(model, Row.of(model, inputs), metric=logit(3)), [cell], progress=False)
+    assert out.path.startswith("full forward passes")
+    assert float(out.values[0]) == pytest.approx(float(brute_force(model, inputs, 0, cell, [-1])[0, 3]), rel=1e-11)
+
+
 class Doubled(HookedLlava):
     """A forward pass of its own: blocks that are run twice."""
 
@@ -310,6 +372,43 @@ def test_a_users_metric_that_reads_the_end_gets_only_the_end():
     assert set(shapes) == {(1, 1, setting.model.cfg.d_vocab)}
 
 
+READS: dict[str, tuple[Any, bool]] = {
+    "last": (lambda z: z[0, -1, 3] - z[0, -1, 4], False),
+    "last row": (lambda z: z[0, -1].log_softmax(-1)[3], False),
+    "item": (lambda z: z[0, -1:, 3].item(), False),
+    "numpy": (lambda z: float(z[0, -1].numpy()[1]), False),
+    "by number": (lambda z: z[0, z.shape[1] - 1, 3], False),
+    "argmax before": (lambda z: (z[0, -2].argmax() == 3).float() + z[0, -1, 3], True),
+    "exact match": (lambda z: (z[0, -3:].argmax(-1) == torch.tensor([1, 2, 3])).all().float(), True),
+    "rank": (lambda z: (z[0, -2] > z[0, -2, 3]).sum(), True),
+    "numpy of all": (lambda z: float(z.numpy()[0, 0, 1] > 5), True),
+    "list of all": (lambda z: z.tolist()[0][0][1] * 0, True),
+    "first": (lambda z: z[0, 0, 2], True),
+    "all": (lambda z: z.log_softmax(-1)[0, -1, 3], True),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_a_users_metric_reads_is_watched(name):
+    metric, everywhere = READS[name]
+    setting, inputs = setting_of(metric=metric)
+    assert setting.bound.everywhere == everywhere
+    cell = (Edit("blocks.1.hook_resid_pre", 0.9, "multiply", pos=list(range(4, inputs.n_pos))),)
+    out = run_cells(setting, [cell], progress=False)
+    whole = brute_force(setting.model, inputs, 0, cell, list(range(inputs.n_pos)))
+    assert float(out.values[0]) == pytest.approx(float(metric(whole[None])), rel=1e-11)
+
+
+def test_a_cell_that_is_no_number_raises():
+    setting, _ = setting_of(metric=lambda z: z[0, -1, 3].clamp(max=1e3).sqrt() if z[0, -1, 3] < 0 else z[0, -1, 3])
+    cells = [(Edit("hook_logits", value, pos=setting.clean.row.last),) for value in (1.0, -1.0)]
+    with pytest.raises(LensError, match="not a number in cell 1"):
+        run_cells(setting, cells, progress=False)
+    for value in (float("nan"), torch.tensor([float("inf")])):
+        with pytest.raises(LensError, match="not finite"):
+            run_cells(setting, [(Edit("blocks.1.hook_resid_pre", value),)], progress=False)
+
+
 def test_recovery_is_0_where_corrupt_and_1_where_clean():
     model = hooked("plain")
     inputs = inputs_of(model, "plain", (1, 1), None)
@@ -342,7 +441,7 @@ def test_a_vector_is_no_metric():
     for metric in (lambda z: z[0, -1], lambda z: None):
         with pytest.raises(LensError, match="expected one number per run"):
             setting_of(metric=metric)
-    with pytest.raises(LensError, match="not a number"):
+    with pytest.raises(LensError, match="expected a finite number"):
         setting_of(metric=lambda z: float("nan"))
     with pytest.raises(LensError, match="nearest: 'log_prob'"):
         setting_of(metric="logprob")
@@ -383,6 +482,13 @@ def test_bad_cells():
         model = hooked("plain")
         row = Row.of(model, inputs_of(model, "plain", (2, 0), "left"), 1)
         run_cells(settle(model, row, metric=logit(3)), [(Edit("blocks.0.hook_resid_pre", 0.0, pos=0),)], progress=False)
+    bare: Any = [Edit("blocks.1.hook_resid_pre", 0.0)]
+    with pytest.raises(Exception, match="tuple"):
+        run_cells(setting, bare, progress=False)
+    for answer in (True, 5.0, object()):
+        with pytest.raises(LensError, match="expected a token id or a string"):
+            setting_of(metric=log_prob(answer))  # type: ignore[arg-type]
+    assert setting_of(metric=log_prob(torch.tensor(5)))[0].bound.ids == [5]  # type: ignore[arg-type]
     assert not any(hook.live for hook in setting.model.hook_dict.values())
 
 

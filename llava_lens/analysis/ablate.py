@@ -86,7 +86,9 @@ def ablate(
         setting = turn.settle(row, names=grid.hooks)
         facts: dict[str, Any] = {"score": f"ablate {part}", "by": by}
         facts |= {"reference": len(others)} if others else {"sigma": sigma} if by == "noise" else {}
-        held = [FullBase(model, other, grid.hooks, (), turn.how.get("fwd_hooks", ())) for other in others]
+        said = setting.bound.ids[:-1]  # an answer of several tokens follows the references' prompts, too
+        hooks = turn.how.get("fwd_hooks", ())
+        held = [FullBase(model, other.extended(said), grid.hooks, (), hooks) for other in others]
         draws = []
         for repeat in range(repeats):
             source = _source(by, held, setting.clean, grid.hooks, sigma, turn.generator(seed, repeat))

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llava_lens.analysis.study import read
+from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
 from llava_lens.sweep.base import Base
 from llava_lens.sweep.rows import Row
@@ -24,11 +25,15 @@ def ask(model: Any, inputs: Inputs | Sequence[Inputs]) -> Float[Tensor, "prompt 
     of yours runs every prompt in full, hooks included. Raises `LensError` for inputs that the model cannot take.
     """
     batches = [read(model, each) for each in ([inputs] if isinstance(inputs, Inputs) else inputs)]
+    if not batches:
+        raise LensError("no prompt to ask; expected Inputs, or a list of them")
     rows = [Row.of(model, batch, i) for batch in batches for i in range(batch.batch_size)]
     short = why_not(model, front=True) is None
     found, before = [], None
     for row in rows:
         base = Base.of(model, row, like=before) if short else FullBase(model, row)
         found.append(base.logits([len(row.columns) - 1])[0])
+        if before is not None:
+            before.like = None  # a run keeps the one it began with, but not all before that
         before = base
     return torch.stack(found)

@@ -104,7 +104,8 @@ class Reach:
             fixed["pos"] = None if self.at is None else ground.select(self.at)
         for axis, given in (("head", self.heads), ("neuron", self.neurons)):
             if given is not None and axis not in axes:
-                fixed[axis] = places(given, f"{axis}s")
+                _, _, called = getattr(self, f"_{axis}")(model, ground, names, layers, n_pos)
+                fixed[axis] = called[axis]
         for axis in axes:
             found, size, called = getattr(self, f"_{axis}")(model, ground, names, layers, n_pos)
             choices[axis], sizes[axis] = found, size
@@ -141,7 +142,7 @@ class Reach:
     def _layer(self, model: Any, ground: Ground, names: list[str], layers: list[int], n_pos: int) -> Any:
         found = [
             (i, {"hooks": tuple(names[layer] for layer in window)})
-            for i, window in enumerate(windows(layers, self.window))
+            for i, window in enumerate(windows(layers, self.window, len(names)))
         ]
         return found, (len(layers),), {} if layers == list(range(len(names))) else {"layer": tuple(layers)}
 

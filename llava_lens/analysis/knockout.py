@@ -8,7 +8,7 @@ from typing import Any, Unpack
 
 from llava_lens.analysis.grid import Cell, Grid, Sweep
 from llava_lens.analysis.scores import Scores
-from llava_lens.analysis.study import Running, Turn, each_row, read
+from llava_lens.analysis.study import Running, Turn, each_row, read, row_of
 from llava_lens.analysis.where import Ground, layers_of, windows
 from llava_lens.errors import LensError, nearest
 from llava_lens.sweep.edits import SCORES, Edit, Places, block_attention, places
@@ -57,7 +57,7 @@ def knock_out(
     facts |= {name: _said(given) for name, given in named.items() if not isinstance(given, Mapping)}
     every = range(cfg.n_heads) if some is None else some
     ways: dict[str, list[Any]] = {
-        "layer": windows(chosen, 1 if window is None else window) if "layer" in axes else [chosen],
+        "layer": windows(chosen, 1 if window is None else window, cfg.n_layers) if "layer" in axes else [chosen],
         "head": [(head,) for head in every] if "head" in axes else [some],
     }
     kept = (*axes, *(name for name, given in named.items() if isinstance(given, Mapping)))
@@ -102,10 +102,12 @@ def blocked(
     """The same knockout as edits: for other sweeps, caches and generation (`onward`: new tokens obey it too)."""
     inputs = read(model, inputs)
     cfg = model.cfg.vision if tower else model.cfg
-    ground = Ground(model, Row.of(model, inputs, row), _hook(tower) if tower else "", image)
+    ground = Ground(model, Row.of(model, inputs, row_of(inputs, row)), _hook(tower) if tower else "", image)
     queries, keys = ground.select(from_), ground.select(to)
-    each = layers_of(layers, cfg.n_layers)
-    return [block_attention(layer, queries, keys, heads, tower, image, onward and not tower) for layer in each]
+    if not tower:
+        _refuse_what_is_ahead({_said(from_): queries}, {_said(to): keys})
+    each, some = layers_of(layers, cfg.n_layers), _heads(heads, cfg.n_heads)
+    return [block_attention(layer, queries, keys, some, tower, image, onward and not tower) for layer in each]
 
 
 def _hook(tower: bool) -> str:

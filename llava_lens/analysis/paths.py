@@ -193,13 +193,13 @@ class Message:
 class Input:
     """A receiver's input as the value of an edit, made when the run gets there: all of them would not fit memory.
 
-    `__qualname__` tells one from another where a sweep's file is compared with its cells.
+    `sweep_key` tells one from another where a sweep's file is compared with its cells.
     """
 
     def __init__(self, receiver: Receiver, message: Message, places: Sequence[int]):
         self.receiver, self.message, self.places = receiver, message, list(places)
         cell = message.cell
-        self.__qualname__ = f"{cell.hooks} {cell.pos} {cell.head} → {receiver.name} {self.places}"
+        self.sweep_key = f"{cell.hooks} {cell.pos} {cell.head} → {receiver.name} {self.places}"
 
     def __call__(self, part: Tensor) -> Tensor:
         delta = self.message.delta(self.receiver.stage, self.places)

@@ -124,9 +124,10 @@ def each_row(
     if unknown is not None:
         raise LensError(f"unknown option {unknown!r}{nearest(unknown, known)}; known: {', '.join(known)}")
     n, row, kind = inputs.batch_size, how.get("row"), metric_of(metric)
-    if row is not None and not -n <= row < n:
-        raise LensError(f"row {row}; expected {-n} … {n - 1}")
-    rows = range(n) if row is None else [row % n]
+    rows = range(n) if row is None else [row_of(inputs, row)]
+    budget = how.get("max_bytes", MAX_BYTES)
+    if not isinstance(budget, int) or budget < 1:
+        raise LensError(f"max_bytes={budget!r}; expected a whole number of bytes, 1 or more")
 
     before: list[Base] = []
 
@@ -136,6 +137,14 @@ def each_row(
 
     each = [study(turn(i)) for i in rows]
     return each[0] if len(each) == 1 else stacked(each)
+
+
+def row_of(inputs: Inputs, row: Any) -> int:
+    """A row's number, negative ones counted from the end; raises `LensError` for one that is not there."""
+    n = inputs.batch_size
+    if not isinstance(row, int) or not -n <= row < n:
+        raise LensError(f"row {row!r}; expected {-n} … {n - 1}")
+    return row % n
 
 
 def over_repeats(draws: Sequence[Scores]) -> Scores:

@@ -205,19 +205,22 @@ def layers_of(given: Any, n: int) -> list[int]:
     bad = [layer for layer in found if not -n <= layer < n]
     if bad:
         raise LensError(f"layer {bad[0]}; expected 0 … {n - 1}")
-    return [layer % n for layer in found]
+    chosen = [layer % n for layer in found]
+    if len(set(chosen)) < len(chosen):
+        raise LensError(f"layers {list(found)} name one twice; expected each once")
+    return chosen
 
 
-def windows(layers: Sequence[int], width: int) -> list[list[int]]:
-    """A window of layers around each, cut off at both ends.
+def windows(layers: Sequence[int], width: int, n: int) -> list[list[int]]:
+    """`width` neighbouring layers of `n` around each of some layers, cut off at both ends.
 
-    >>> windows(range(4), 3)
-    [[0, 1], [0, 1, 2], [1, 2, 3], [2, 3]]
+    >>> windows(range(4), 3, 4), windows([1], 2, 4)
+    ([[0, 1], [0, 1, 2], [1, 2, 3], [2, 3]], [[1, 2]])
     """
-    if width < 1:
-        raise LensError(f"a window of {width} layers; expected 1 or more")
+    if not isinstance(width, int) or width < 1:
+        raise LensError(f"a window of {width} layers; expected a whole number, 1 or more")
     before = (width - 1) // 2
-    return [[other for other in layers if -before <= other - layer <= width - 1 - before] for layer in layers]
+    return [[other for other in range(n) if -before <= other - layer <= width - 1 - before] for layer in layers]
 
 
 def tensor_of(where: Places) -> Tensor:

@@ -61,7 +61,8 @@ class Base:
             like.require(base.names)
             shared = base._common(like)
             if shared == len(row.columns) == len(like.row.columns):
-                return like
+                base.acts, base.shared, base.like = dict(like.acts), shared, like
+                return base
             if shared:
                 base._branch(like, min(shared, len(row.columns) - 1))
                 return base

@@ -193,11 +193,14 @@ class DecoderClimb(Climb):
         return Rows([self.base.row.columns[place] for place in self.places], self.base.row.rows)
 
     def _may_narrow(self) -> bool:
+        """Whether nothing in the last block or behind it needs the places that are not read."""
         last = f"blocks.{len(self.blocks) - 1}."
-        for name, writes in super().here(len(self.blocks) - 1).items():
-            fixed = name == f"{last}hook_resid_pre" or not any(callable(edit.value) for _, edit in writes)
-            if name.removeprefix(last) not in self.NARROW or not fixed:
-                return False
+        for edit in (edit for member in self.members for edit in member.edits):
+            inside = edit.hook.startswith(last)
+            if (not inside and edit.hook.startswith("blocks.")) or edit.hook == f"{last}hook_resid_pre":
+                continue
+            if callable(edit.value) or (inside and edit.hook.removeprefix(last) not in self.NARROW):
+                return False  # a function is shown all that it selects
         return len(self.read) < self.length
 
     def here(self, layer: int) -> Todo:
@@ -252,9 +255,13 @@ class DecoderClimb(Climb):
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits `[run, read, d_vocab]` of the places that are read."""
-        if len(self.places) > len(self.read):
-            x = x[:, [place - self.first for place in self.read]]
-            self._carry(self.read)
         ends = {name: writes for name, writes in self.todo.items() if not name.startswith("blocks.")}
+        rest = None
+        if len(self.places) > len(self.read):
+            rest = [place - self.first for place in self.read]
+            if not any(callable(edit.value) for writes in ends.values() for _, edit in writes):
+                x, rest = x[:, rest], None
+                self._carry(self.read)
         with attached(self.model, writers(self.model, ends, lambda: self.rows)):
-            return self.model.read_out(x)
+            logits = self.model.read_out(x)
+        return logits if rest is None else logits[:, rest]

@@ -35,11 +35,12 @@ def places(given: Any, what: str = "positions") -> Places | None:
     """
     if given is None:
         return None
-    values = given.tolist() if isinstance(given, Tensor) else given
-    values = [values] if isinstance(values, int) else values
+    values = given.tolist() if hasattr(given, "tolist") else given
+    values = [values] if not isinstance(values, Iterable) else values
     if isinstance(values, str) or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         raise LensError(f"{what} {given!r}; expected whole numbers")
-    if not len(values):
+    values = list(values)
+    if not values:
         raise LensError(f"no {what}; expected one or more")
     return tuple(values)
 

@@ -22,11 +22,11 @@ from llava_lens.sweep.base import Base
 from llava_lens.sweep.climb import DecoderClimb, Member
 from llava_lens.sweep.edits import Edit
 from llava_lens.sweep.front import embedded
-from llava_lens.sweep.journal import Journal, digest, source_of
+from llava_lens.sweep.journal import Journal, digest, source_of, weights_of
 from llava_lens.sweep.metrics import Bound, Metric
 from llava_lens.sweep.plan import Cell, Planned, Wave, located, waves
 from llava_lens.sweep.setting import FullBase, Setting
-from llava_lens.sweep.sites import entered, rank_of, site_of
+from llava_lens.sweep.sites import entered, rank_of, site_of, why_watched
 
 MAX_BYTES = 2**30
 """What the runs of one batch may hold together, unless told otherwise."""
@@ -77,6 +77,9 @@ def run_cells(
     baseline = _spanned(setting.bound, baseline)
     if not isinstance(base, FullBase):
         base.require(entered(base.model, (edit.hook for edits in cells for edit in edits)))
+    bare = next((i for i, edits in enumerate(cells) if isinstance(edits, Edit)), None)
+    if bare is not None:
+        raise LensError(f"cell {bare} is an Edit; expected a tuple of them: (edit,)")
     planned = [located(base, i, tuple(edits)) for i, edits in enumerate(cells)]
     live = [cell for cell in planned if not all(base.is_noop(edit) for edit in cell.edits)]
     why = setting.why
@@ -166,9 +169,13 @@ def sweep_key(setting: Setting, cells: Sequence[Cell], on: str) -> str:
     inputs = [[row.inputs.tokens, row.inputs.pixels, row.columns] for row in (setting.clean.row, setting.corrupt.row)]
     lasting = [_facts(edit) for base in (setting.clean, setting.corrupt) for edit in base.edits]
     made = [[_facts(edit) for edit in edits] for edits in cells]
-    whose = sorted(passport(setting.model).items())
+    whose = [sorted(passport(setting.model).items()), weights_of(setting.model)]
+    held = setting.clean.fwd_hooks if isinstance(setting.clean, FullBase) else []
+    hooks = [[name if isinstance(name, str) else source_of(name), source_of(fn)] for name, fn in held]
+    if setting.why is not None and not held and why_watched(setting.model) is not None:
+        raise LensError(f"file= cannot tell what the model holds: {setting.why}; pass hooks as fwd_hooks= instead")
     return digest(
-        whose, str(setting.model.cfg.dtype), inputs, lasting, made, measured, bound.ids, on, setting.why
+        whose, str(setting.model.cfg.dtype), inputs, lasting, made, measured, bound.ids, on, setting.why, hooks
     )
 
 

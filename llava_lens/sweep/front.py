@@ -29,15 +29,16 @@ def embedded(base: Base, cells: Sequence[Sequence[Edit]], first: int) -> Tensor:
             at = [row.rows.place[column] for column in slots]
             x[torch.tensor(who)[:, None], torch.tensor(at)] = features(base, mine, image).to(x)
     pictured = {column for slots in row.slots(base.model) for column in slots}
+    text = [place for column, place in row.rows.place.items() if column not in pictured]
     for i, edits in enumerate(cells):
-        for name in ("hook_text_embed", "hook_embed"):
-            for edit in (edit for edit in edits if edit.hook == name):
-                axes = axes_of(base.model.hook(name))
-                target = x[i] if name == "hook_embed" else x[i].clone()
-                edit.write(target, axes, row.rows)
-                if name == "hook_text_embed":  # pictures stand in their own places, whatever the text says there
-                    text = [place for column, place in row.rows.place.items() if column not in pictured]
-                    x[i, text] = target[text]
+        said = [edit for edit in edits if edit.hook == "hook_text_embed"]
+        words = base.acts["hook_text_embed"][0].clone() if said else x[i]
+        for edit in said:
+            edit.write(words, axes_of(base.model.hook(edit.hook)), row.rows)
+        if said:  # pictures stand in their own places, whatever the text says there
+            x[i, text] = words[text]
+        for edit in (edit for edit in edits if edit.hook == "hook_embed"):
+            edit.write(x[i], axes_of(base.model.hook(edit.hook)), row.rows)
     return x[:, places.start : places.stop]
 
 

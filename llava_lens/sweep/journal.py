@@ -10,8 +10,10 @@ import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
@@ -47,24 +49,79 @@ def _flat(parts: Iterable[Any]) -> Iterable[Any]:
             yield part
 
 
-def source_of(fn: Any) -> list[Any]:
-    """What tells one function from another, for `digest`: its name, its code, and what it has closed over."""
-    if isinstance(fn, partial):
-        return [source_of(fn.func), list(map(_held, fn.args)), [[k, _held(v)] for k, v in sorted(fn.keywords.items())]]
-    cells = [cell.cell_contents for cell in getattr(fn, "__closure__", None) or ()]
-    kept = [*cells, *(getattr(fn, "__defaults__", None) or ())]
-    try:
-        code = inspect.getsource(fn)
-    except (OSError, TypeError):
-        code = ""
-    return [getattr(fn, "__qualname__", type(fn).__name__), code, list(map(_held, kept))]
+def source_of(fn: Any) -> Any:
+    """What tells one function from another, for `digest`: its name and code, and the values that it works with.
+
+    Those are what it has closed over, its defaults and the globals that it names. Raises `LensError` for a function
+    that works with something else than numbers, strings, tensors, arrays and other functions.
+    """
+    return _Said().of(fn, getattr(fn, "__qualname__", type(fn).__name__))
 
 
-def _held(value: Any) -> Any:
-    """A value as far as it says what it is wherever it lies in memory."""
-    if isinstance(value, Tensor | str | int | float | bool | list | tuple) or value is None:
-        return value
-    return source_of(value) if inspect.isfunction(value) else type(value).__name__
+class _Said:
+    """Functions and values put into words, each function once."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def of(self, value: Any, name: str) -> Any:
+        if hasattr(value, "sweep_key"):
+            return value.sweep_key
+        if value is None or isinstance(value, Tensor | str | int | float | complex | torch.dtype | torch.device):
+            return value if isinstance(value, Tensor) else repr(value)
+        if isinstance(value, np.ndarray | np.generic):
+            return torch.from_numpy(np.array(value))
+        if isinstance(value, list | tuple | set | frozenset):
+            each = [self.of(part, name) for part in value]
+            return [type(value).__name__, *(sorted(each, key=str) if isinstance(value, set | frozenset) else each)]
+        if isinstance(value, dict):
+            return [[self.of(key, name), self.of(part, name)] for key, part in value.items()]
+        if isinstance(value, partial):
+            return [self.of(value.func, name), self.of(value.args, name), self.of(value.keywords, name)]
+        if isinstance(value, ModuleType | type | BuiltinFunctionType) or not inspect.isroutine(value):
+            return self._named(value, name)
+        return self._function(value, name)
+
+    def _named(self, value: Any, name: str) -> Any:
+        """What a library gives, by its name."""
+        if isinstance(value, ModuleType | type | BuiltinFunctionType) or type(value).__module__.startswith("torch"):
+            return (
+                f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', getattr(value, '__name__', ''))}"
+            )
+        raise LensError(
+            f"file= cannot tell {name!r} from another: it works with a {type(value).__name__}; leave file= out, use a "
+            "metric of llava_lens.sweep, or a plain function of numbers, tensors and functions"
+        )
+
+    def _function(self, fn: Any, name: str) -> Any:
+        if id(fn) in self.seen or not inspect.isfunction(fn):
+            own = getattr(fn, "__self__", None)
+            return [name] if own is None else self._named(own, name)
+        self.seen.add(id(fn))
+        if (fn.__module__ or "").split(".")[0] in ("torch", "numpy", "math", "einops", "llava_lens"):
+            library = fn.__closure__ is None
+            if library:
+                return f"{fn.__module__}.{fn.__qualname__}"
+        try:
+            code = inspect.getsource(fn)
+        except (OSError, TypeError):
+            code = repr((fn.__code__.co_code, fn.__code__.co_consts))
+        cells = [cell.cell_contents for cell in fn.__closure__ or ()]
+        world = {n: fn.__globals__[n] for n in fn.__code__.co_names if n in fn.__globals__}
+        held = [self.of(part, name) for part in (cells, fn.__defaults__, fn.__kwdefaults__, world)]
+        return [fn.__qualname__, code, held]
+
+
+def weights_of(model: torch.nn.Module) -> str:
+    """Sixteen hex digits over every bit of every weight: two sums of each, the second weighted by the place."""
+    sums: list[int] = []
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for _, weight in sorted(model.named_parameters()):
+        for part in weight.detach().reshape(-1).split(2**22):
+            bits = part.view(whole[part.element_size()]).long()
+            place = torch.arange(1, len(bits) + 1, device=bits.device) % 65521 + 1
+            sums += [int(bits.sum()), int((bits * place).sum())]
+    return digest(sums)
 
 
 class Journal:
@@ -80,6 +137,8 @@ class Journal:
         self.values: Float[Tensor, " cell"] = torch.zeros(n, dtype=torch.float64)
         self.done: Bool[Tensor, " cell"] = torch.zeros(n, dtype=torch.bool)
         self.written = time.monotonic()
+        if self.path is not None and self.path.is_dir():
+            raise LensError(f"file={str(path)!r} is a folder; expected a file in it")
         if self.path is not None and self.path.exists():
             self._read(self.path)
         elif self.path is not None and not self.path.parent.is_dir():
@@ -93,7 +152,9 @@ class Journal:
                     raise LensError(f"{path} is a safetensors file, but no sweep: it was not written here")
                 facts = json.loads(text)
                 held = {name: file.get_tensor(name) for name in ("values", "done")}
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            if isinstance(error, LensError):
+                raise
             raise LensError(f"{path} is no sweep's file, or was cut off: {error}; remove it to start anew") from error
         if facts.get("version") != VERSION or facts["key"] != self.key or len(held["done"]) != len(self.done):
             raise LensError(
@@ -106,7 +167,10 @@ class Journal:
 
     def put(self, cells: list[int], values: Float[Tensor, " put"]) -> None:
         """Note what a batch gave, and write the file if the last writing is a while ago."""
-        self.values[cells] = values.double().cpu()
+        values = values.double().cpu()
+        if bool(values.isnan().any()):
+            raise LensError(f"the metric is not a number in cell {cells[int(values.isnan().nonzero()[0])]}")
+        self.values[cells] = values
         self.done[cells] = True
         if time.monotonic() - self.written > EVERY:
             self.save()

@@ -1,11 +1,12 @@
 """What a sweep measures: one number from the logits of a run.
 
-Unusual: a user's own function is tried out first on logits that are not numbers everywhere but at the end. If that does
-not show, it reads only the end, and only that is computed; otherwise it gets the logits of every position.
+Unusual: a user's own function is watched once on the logits of every position. If it reads only the last row of them,
+only that is computed from then on; otherwise it gets them all.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_lens.errors import LensError, nearest
 from llava_lens.kernels import upcast
@@ -96,9 +99,12 @@ def metric_of(given: Any) -> Any:
     raise LensError(f"metric of type {type(given).__name__}; expected a name, log_prob(…) … or a function of logits")
 
 
-def ids_of(model: Any, word: int | str, what: str = "answer") -> list[int]:
+def ids_of(model: Any, word: Any, what: str = "answer") -> list[int]:
     """The token ids of an answer; raises `LensError` for an empty string, unknown words and ids that are not there."""
-    if isinstance(word, int):
+    if not isinstance(word, str):
+        if isinstance(word, bool) or not hasattr(word, "__index__"):
+            raise LensError(f"{what} of type {type(word).__name__}; expected a token id or a string")
+        word = operator.index(word)
         if not 0 <= word < model.cfg.d_vocab:
             raise LensError(f"{what} {word}; expected a token id, 0 … {model.cfg.d_vocab - 1}")
         return [word]
@@ -109,7 +115,7 @@ def ids_of(model: Any, word: int | str, what: str = "answer") -> list[int]:
     return ids
 
 
-def one_id(model: Any, word: int | str, what: str) -> int:
+def one_id(model: Any, word: Any, what: str) -> int:
     """The id of an answer that must be one token."""
     ids = ids_of(model, word, what)
     if len(ids) > 1:
@@ -193,18 +199,71 @@ def scalar(value: Any, name: str) -> float:
 
 def probe(fn: Callable[[Tensor], Any], logits: Float[Tensor, "pos d_vocab"], name: str) -> tuple[bool, Tensor | None]:
     """Whether a user's function needs every position, and the buffer to show it the end in (None: the end alone)."""
-    value = scalar(fn(logits[None].clone()), name)
-    if value != value:
-        raise LensError(f"the metric {name!r} is not a number on the run it starts from")
-    poisoned = torch.full_like(logits, torch.nan)
-    poisoned[-1] = logits[-1]
-    try:
-        if scalar(fn(poisoned[None].clone()), name) != value:
-            return True, None
-    except Exception:  # whatever a stranger's function makes of numbers that are none: it looks at them
+    whole = logits[None].detach().clone()
+    with Watch(whole) as watch:
+        value = scalar(fn(whole), name)
+    if watch.saw_more:
         return True, None
     try:
-        short = scalar(fn(logits[None, -1:].clone()), name)
-    except (IndexError, RuntimeError):
-        return False, poisoned[None]
-    return False, None if short == value else poisoned[None]
+        if scalar(fn(whole[:, -1:].clone()), name) == value:
+            return False, None
+    except (IndexError, RuntimeError, ValueError):
+        pass  # it counts positions from the front
+    buffer = torch.full_like(whole, torch.nan)
+    buffer[:, -1] = whole[:, -1]
+    return False, buffer
+
+
+class Watch(TorchDispatchMode):
+    """Notes whether anything is read of logits `[1, pos, d_vocab]` but their last row.
+
+    Looking at a part is no reading; what is done with the part is. A function that leaves torch (`numpy`, `tolist`)
+    counts as reading all that it took along.
+    """
+
+    def __init__(self, logits: Tensor):
+        super().__init__()
+        self.memory = logits.untyped_storage().data_ptr()
+        self.last = (logits.shape[1] - 1) * logits.shape[2]
+        self.saw_more = False
+        self.leaving = Leaving(self)
+
+    def __enter__(self) -> Watch:
+        super().__enter__()
+        self.leaving.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.leaving.__exit__(*error)
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        looks = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not looks:
+            self.note(args)
+            self.note(tuple((kwargs or {}).values()))
+        return func(*args, **(kwargs or {}))
+
+    def note(self, values: Any) -> None:
+        """Take in what is read."""
+        for value in values:
+            if isinstance(value, list | tuple):
+                self.note(value)
+            elif isinstance(value, Tensor) and value.untyped_storage().data_ptr() == self.memory:
+                self.saw_more |= bool(value.numel()) and value.storage_offset() < self.last
+
+
+class Leaving(TorchFunctionMode):
+    """Tells a `Watch` of tensors that are handed on to what torch does not see."""
+
+    WAYS = ("numpy", "__array__", "tolist", "data_ptr", "__dlpack__", "storage", "untyped_storage")
+
+    def __init__(self, watch: Watch):
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.WAYS:
+            with torch._C.DisableTorchFunction():
+                self.watch.note(args)
+        return func(*args, **(kwargs or {}))

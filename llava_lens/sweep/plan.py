@@ -6,13 +6,17 @@ not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import torch
+from torch import Tensor
+
 from llava_lens.errors import LensError
 from llava_lens.sweep.base import Base
-from llava_lens.sweep.edits import FRONT, Edit, axes_of
+from llava_lens.sweep.edits import FRONT, SCORES, Edit, axes_of
 from llava_lens.sweep.sites import site_of
 
 Cell = tuple[Edit, ...]
@@ -35,6 +39,9 @@ def located(base: Base, number: int, edits: Cell) -> Planned:
     """Where a cell starts. Raises `LensError` for a hook, a position, a head … that is not there."""
     if not edits:
         raise LensError(f"cell {number} has no edit")
+    wrong = next((type(edit).__name__ for edit in edits if not isinstance(edit, Edit)), None)
+    if wrong is not None:
+        raise LensError(f"cell {number} holds a {wrong}; expected edits: each cell is a tuple of Edits")
     stage, first, front = 2 * base.model.cfg.n_layers, len(base.row.columns) - 1, False
     slots = base.row.slots(base.model)
     for edit in edits:
@@ -53,6 +60,7 @@ def check(base: Base, edit: Edit) -> None:
     """Raise `LensError` where an edit selects what is not there."""
     model, row = base.model, base.row
     axes = axes_of(model.hook(edit.hook))
+    _check_value(edit)
     for name, where in edit.selection.items():
         edit.axis_of(name, axes)
         if name in ("pos", "key") and not edit.hook.startswith(FRONT):
@@ -68,6 +76,19 @@ def check(base: Base, edit: Edit) -> None:
     if edit.hook.startswith(FRONT) and not 0 <= edit.image < row.n_images:
         there = f"0 … {row.n_images - 1}" if row.n_images else "none: the prompt has no picture"
         raise LensError(f"image {edit.image} at {edit.hook!r}; expected {there}")
+
+
+def _check_value(edit: Edit) -> None:
+    value = edit.value
+    if callable(value) or edit.blocks:
+        return
+    if not isinstance(value, Tensor | int | float):
+        raise LensError(
+            f"a value of type {type(value).__name__} at {edit.hook!r}; expected a tensor, number or function"
+        )
+    finite = torch.isfinite(value).all() if isinstance(value, Tensor) else math.isfinite(value)
+    if not bool(finite) and not edit.hook.endswith(SCORES):
+        raise LensError(f"a value at {edit.hook!r} that is not finite; expected numbers")
 
 
 def _size(base: Base, edit: Edit, axis: str) -> int | None:

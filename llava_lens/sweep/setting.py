@@ -6,8 +6,9 @@ in every cell.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from llava_lens.errors import LensError
 from llava_lens.sweep.base import Base
-from llava_lens.sweep.edits import FRONT, Edit, hooks_of
+from llava_lens.sweep.edits import AXES, FRONT, Edit, axes_of, hooks_of
 from llava_lens.sweep.metrics import Bound, Metric, ids_of, metric_of, one_id, probe
 from llava_lens.sweep.rows import Row
 from llava_lens.sweep.sites import entered, why_not
@@ -57,10 +58,28 @@ class FullBase(Base):
 
     def run(self, edits: Sequence[Edit], places: Sequence[int]) -> Tensor:
         """Logits `[place, d_vocab]` of one full run with some edits."""
-        hooks = [*self.fwd_hooks, *hooks_of(self.model, (*self.edits, *edits), self.row.n_columns)]
+        made = [off_padding(self.model, edit, self.row) for edit in (*self.edits, *edits)]
+        hooks = [*self.fwd_hooks, *hooks_of(self.model, made, self.row.n_columns)]
         with torch.inference_mode():
             logits = self.model.run_with_hooks(self.row.inputs, fwd_hooks=hooks)
         return logits[0, [self.row.columns[place] for place in places]]
+
+
+def off_padding(model: Any, edit: Edit, row: Row) -> Edit:
+    """The same edit on the positions that are no padding, where it selects all of them."""
+    if edit.hook.startswith(FRONT) or len(row.columns) == row.n_columns:
+        return edit
+    axes = axes_of(model.hook(edit.hook))
+    columns = torch.tensor(row.columns)
+    for name in ("pos", "key"):
+        axis = next((i for i, each in enumerate(axes) if each in AXES[name]), None)
+        if axis is None or name in edit.selection:
+            continue
+        value = edit.value
+        if isinstance(value, Tensor) and value.ndim >= len(axes) - axis and value.shape[axis - len(axes)] > 1:
+            value = value.index_select(axis - len(axes), columns.to(value.device))
+        edit = replace(edit, value=value, **{name: row.columns})
+    return edit
 
 
 @dataclass
@@ -136,8 +155,8 @@ def tie(kind: Any, ids: list[int], clean: Base, corrupt: Base, why: str | None) 
         bound.versus = one_id(model, kind.versus, "versus")  # type: ignore[arg-type]
     values = [_value(bound, base) for base in (clean, corrupt)]
     for which, value in zip(("clean", "corrupt"), values, strict=True):
-        if value != value:
-            raise LensError(f"the metric {bound.name!r} is not a number on the {which} run")
+        if not math.isfinite(value):
+            raise LensError(f"the metric {bound.name!r} is {value} on the {which} run; expected a finite number")
     if isinstance(kind, Metric) and kind.recover:
         if abs(values[0] - values[1]) <= 1e-9 * max(1.0, abs(values[0])):
             raise LensError(f"nothing to recover: {kind.kind} is {values[0]:.6g} on the clean and on the corrupt run")

@@ -97,7 +97,8 @@ def why_not(model: Any, front: bool) -> str | None:
     kind = type(model)
     if not isinstance(model, HookedLlava):
         return f"{kind.__name__} is no HookedLlava"
-    own = [name for name in (*SEAMS, *FRONT_SEAMS) if getattr(kind, name) is not getattr(HookedLlava, name)]
+    seams = (*SEAMS, *FRONT_SEAMS)
+    own = [n for n in seams if getattr(kind, n) is not getattr(HookedLlava, n) or n in model.__dict__]
     plain = [name for name in own if name in SEAMS or front]
     if plain:
         return f"{kind.__name__}.{plain[0]} is its own"
@@ -108,5 +109,18 @@ def why_not(model: Any, front: bool) -> str | None:
             return f"the tower is a {type(model.vision).__name__}"
         if not all(type(block) is Block and type(block.attn) is Attention for block in model.vision.blocks):
             return "the tower's blocks are of another class"
+    return why_watched(model)
+
+
+def why_watched(model: Any) -> str | None:
+    """Who else is in the forward pass: hooks of this library or of torch, and methods put on single modules."""
     live = [name for name, hook in model.hook_dict.items() if hook.live]
-    return f"a hook on {live[0]!r} is held by the user" if live else None
+    if live:
+        return f"a hook on {live[0]!r} is held by the user"
+    for name, module in model.named_modules():
+        torchs = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if any(torchs):
+            return f"a torch hook on {name or type(model).__name__!r} is held by the user"
+        if "forward" in module.__dict__:
+            return f"{name or type(model).__name__}.forward was replaced"
+    return None
