@@ -120,11 +120,12 @@ def test_bad_knockouts():
     for given, message in cases:
         with pytest.raises(LensError, match=message):
             knock_out(model, inputs, **given)
-    for given, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"row": 9}, "row 9; expected"),
         ({"heads": 9}, "head 9"),
-        ({"from_": [2], "to": [5]}, "never"),
-    ):
+        ({"from_": [2], "to": [5]}, "never looks at"),
+    ]
+    for given, message in refused:
         with pytest.raises(LensError, match=message):
             blocked(model, inputs, **given)
     with pytest.raises(LensError, match="has no 'image'"):

@@ -501,3 +501,14 @@ def test_weights_and_hooks_are_as_they_were_after_an_error():
     with pytest.raises(RuntimeError, match="no"):
         run_cells(setting, [(Edit("blocks.1.mlp.hook_post", fail),)], progress=False)
     assert not any(hook.live for hook in setting.model.hook_dict.values())
+
+
+def test_rows_with_and_without_pictures_start_from_each_other():
+    model = hooked("plain")
+    inputs = inputs_of(model, "plain", (1, 0, 2), "right")
+    bases = []
+    for i in (1, 0, 2, 1):
+        setting = settle(model, Row.of(model, inputs, i), metric=logit(4), like=bases[-1] if bases else None)
+        bases.append(setting.clean)
+        alone = settle(model, Row.of(model, inputs, i), metric=logit(4))
+        assert setting.clean_value == pytest.approx(alone.clean_value, rel=1e-12)

@@ -58,7 +58,8 @@ class Base:
         """Run a row; what it has in common with the run `like` is taken from there. The same prompt is the same run."""
         base = cls(model, row, names, edits)
         if like is not None and not base.edits and not like.edits:
-            like.require(base.names)
+            pictured = like.row.inputs.pixels is not None
+            like.require(name for name in base.names if pictured or not name.startswith(FRONT))
             shared = base._common(like)
             if shared == len(row.columns) == len(like.row.columns):
                 base.acts, base.shared, base.like = dict(like.acts), shared, like
