@@ -73,7 +73,10 @@ class Report:
         """Read what `save` wrote."""
         facts = json.loads(Path(path).read_text(encoding="utf-8"))
         spreads = ("seconds", "times_faster_by_round")
-        rows = [Row(**{k: Spread(**v) if k in spreads else v for k, v in row.items()}) for row in facts["rows"]]
+        made: list[dict[str, Any]] = [
+            {key: Spread(**value) if key in spreads else value for key, value in row.items()} for row in facts["rows"]
+        ]
+        rows = [Row(**fields) for fields in made]
         return cls(facts["machine"], rows, [LeftOut(**each) for each in facts["left_out"]])
 
 

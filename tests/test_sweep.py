@@ -15,6 +15,7 @@ from llava_lens import HookedLlava, reader
 from llava_lens.errors import LensError, UnknownHook
 from llava_lens.sweep import Edit, block_attention, kl, log_prob, logit, logit_diff, prob, recovery, run_cells, settle
 from llava_lens.sweep.engine import Outcome
+from llava_lens.sweep.metrics import ids_of
 from llava_lens.sweep.plan import located, waves
 from llava_lens.sweep.rows import Row, shared_length
 
@@ -487,8 +488,8 @@ def test_bad_cells():
         run_cells(setting, bare, progress=False)
     for answer in (True, 5.0, object()):
         with pytest.raises(LensError, match="expected a token id or a string"):
-            setting_of(metric=log_prob(answer))  # type: ignore[arg-type]
-    assert setting_of(metric=log_prob(torch.tensor(5)))[0].bound.ids == [5]  # type: ignore[arg-type]
+            ids_of(setting.model, answer)
+    assert ids_of(setting.model, torch.tensor(5)) == [5]
     assert not any(hook.live for hook in setting.model.hook_dict.values())
 
 
