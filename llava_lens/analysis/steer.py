@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llava_lens.analysis.grid import SWEEPS, Grid, Reach, Sweep
 from llava_lens.analysis.scores import Scores
-from llava_lens.analysis.study import Running, Turn, each_row, read
+from llava_lens.analysis.study import Running, Turn, each_row, read, row_of
 from llava_lens.analysis.where import Ground, layers_of
 from llava_lens.errors import LensError, nearest
 from llava_lens.inputs import Inputs
@@ -175,13 +175,6 @@ def each_rows_edits(inputs: Inputs, edits: Any, row: int | None) -> list[tuple[E
         where = f" with row={row}" if row is not None else ""
         raise LensError(f"{len(lists)} lists of edits{where} for {n} rows; expected one list per row")
     return [tuple(each) for each in lists]
-
-
-def row_of(inputs: Inputs, row: int) -> int:
-    """A row's number; raises `LensError` for one that is not there."""
-    if not -inputs.batch_size <= row < inputs.batch_size:
-        raise LensError(f"row {row}; expected {-inputs.batch_size} … {inputs.batch_size - 1}")
-    return row % inputs.batch_size
 
 
 def check_grows(model: Any, edit: Edit) -> None:

@@ -83,7 +83,8 @@ def run_cells(
     planned = [located(base, i, tuple(edits)) for i, edits in enumerate(cells)]
     live = [cell for cell in planned if not all(base.is_noop(edit) for edit in cell.edits)]
     why = setting.why
-    if not isinstance(base, FullBase) and any(in_front(base, edit) for cell in live for edit in cell.edits):
+    shortened = base.edits and not isinstance(base, FullBase)
+    if shortened and any(in_front(base, edit) for cell in live for edit in cell.edits):
         base, why = FullBase(base.model, base.row, (), base.edits), "a cell changes what a lasting edit comes after"
     n, idle = len(cells), without_effect(live, len(cells))
     journal = Journal(file, n + len(idle), "" if file is None else sweep_key(setting, cells, on))
