@@ -8,17 +8,24 @@ import torch
 torch.set_num_threads(1)
 
 THINNED = {
-    "test_heads_and_mlps_equal_two_full_runs": 5,
-    "test_estimates_are_the_first_order_of_patching": 6,
-    "test_the_softmax_is_exact_with_qk": 5,
-    "test_graddrop_is_that_of_detached_blocks": 3,
-    "test_every_decoder_hook_holds_in_every_step": 0,
-    "test_every_cell_is_a_full_run": 4,
-    "test_any_intervention_equals_a_full_forward_pass_in_float64": 2,
-    "test_every_single_hook": 3,
     "test_a_function_is_shown_all_that_it_selects": 2,
-    "test_the_asked_objects_patches_bring_the_answer_back": 2,
+    "test_any_intervention_equals_a_full_forward_pass_in_float64": 5,
+    "test_estimates_are_the_first_order_of_patching": 6,
+    "test_every_cell_is_a_full_run": 8,
+    "test_every_decoder_hook_holds_in_every_step": 0,
+    "test_every_metric_is_differentiated": 3,
+    "test_every_single_hook": 4,
+    "test_everything_restored_is_clean": 4,
+    "test_graddrop_is_that_of_detached_blocks": 7,
+    "test_heads_and_mlps_equal_two_full_runs": 7,
     "test_patching_under_looking_at_equals_a_loop_by_hand": 3,
+    "test_senders_sum_to_the_effect_of_a_receivers_input": 4,
+    "test_so_are_those_of_the_other_direction_of_full_passes_and_of_a_longer_row": 3,
+    "test_the_asked_objects_patches_bring_the_answer_back": 0,
+    "test_the_exact_part_is_that_of_patching": 4,
+    "test_the_loop_over_the_stream_equals_brute_force": 2,
+    "test_the_softmax_is_exact_with_qk": 9,
+    "test_tower_and_projector": 2,
 }
 """Tests over many configurations, of which the fast suite runs every k-th (0: none); the others are marked slow."""
 
