@@ -171,6 +171,18 @@ class Axis:
         return slice(min(max(first, 0), self.size), min(max(last, 0), self.size))
 
 
+def grown(patches: Bool[np.ndarray, "row col"], buffer: int) -> Bool[np.ndarray, "row col"]:
+    """A choice of patches with `buffer` patches around each chosen one.
+
+    >>> grown(np.eye(3, dtype=bool), 1).tolist()
+    [[True, True, True], [True, True, True], [True, True, True]]
+    """
+    if buffer < 0:
+        raise LensError(f"a buffer of {buffer} patches; expected 0 or more")
+    near = [np.abs(np.subtract.outer(np.arange(n), np.arange(n))) <= buffer for n in patches.shape]
+    return near[0] @ patches @ near[1]
+
+
 @dataclass(frozen=True)
 class PixelMap:
     """Where each patch of one prepared picture comes from, in pixels of the original; exact."""
@@ -210,14 +222,9 @@ class PixelMap:
         if mask.shape != self.size[::-1] or mask.dtype != np.bool_:
             expected = f"bool of shape {self.size[::-1]} (height, width)"
             raise LensError(f"a mask of {mask.dtype} and shape {mask.shape}; expected {expected}, as the picture")
-        if buffer < 0:
-            raise LensError(f"a buffer of {buffer} patches; expected 0 or more")
         rows = np.stack([mask[self.y.pixels_of(r)].any(0) for r in range(self.y.n)])
         touched = np.stack([rows[:, self.x.pixels_of(c)].any(1) for c in range(self.x.n)], 1)
-        if not buffer:
-            return touched
-        near = [np.abs(np.subtract.outer(np.arange(n), np.arange(n))) <= buffer for n in touched.shape]
-        return near[0] @ touched @ near[1]
+        return grown(touched, buffer)
 
     def to_original(self, scores: Shaped[np.ndarray, "row col"]) -> Float[np.ndarray, "height width"]:
         """One score per patch as one per pixel of the original picture; NaN where the picture was cropped away."""

@@ -26,9 +26,8 @@ from llava_lens.analysis.gradients import (
     through_softmax,
 )
 from llava_lens.analysis.grid import Grid, Reach, Sweep
-from llava_lens.analysis.patch import Direction
 from llava_lens.analysis.scores import Label, Scores, stacked
-from llava_lens.analysis.study import Running, Turn, check_pair, each_row, facts_of, read, taken
+from llava_lens.analysis.study import Direction, Running, Turn, each_row, facts_of, read_pair, taken
 from llava_lens.analysis.tables import SHOWN, _brief, _table
 from llava_lens.errors import LensError
 from llava_lens.sweep.base import Base
@@ -154,8 +153,6 @@ def attribution_patch(
     Only `exact`, and `top`, which reads it, are claims about the model; `estimate` says where it is worth looking.
     Raises `LensError` as `patch` does, and for a metric that no gradient passes through.
     """
-    if direction not in ("denoise", "noise"):
-        raise LensError(f"direction={direction!r}; expected 'denoise' or 'noise'")
     if correction not in (None, "qk", "graddrop", "star"):
         raise LensError(f"correction={correction!r}; expected None, 'qk', 'graddrop' or 'star'")
     if top_k < 0:
@@ -163,8 +160,7 @@ def attribution_patch(
     softmax = names_at(model, hook)[0].endswith(BEFORE_SOFTMAX)
     if correction == "qk" and not softmax:
         raise LensError(f"correction='qk' at {hook!r}; it is for q, k, rot_q and rot_k, which a softmax follows")
-    clean, corrupt = read(model, clean, "clean"), read(model, corrupt, "corrupt")
-    check_pair(model, clean, corrupt)
+    clean, corrupt = read_pair(model, clean, corrupt, direction)
     reach = Reach(hook, sweep, at, layers, heads, neurons, window, image)
     facts = {"score": f"patch {hook}", "direction": direction}
     checked: list[Scores] = []

@@ -16,9 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llava_lens.analysis.gradients import Graph, base_of, change, on_graph, slope_of
-from llava_lens.analysis.patch import Direction
 from llava_lens.analysis.scores import Scores
-from llava_lens.analysis.study import Running, Turn, check_pair, each_row, facts_of, read
+from llava_lens.analysis.study import Direction, Running, Turn, each_row, facts_of, read_pair
 from llava_lens.analysis.where import Ground
 from llava_lens.errors import LensError, nearest
 from llava_lens.kernels import upcast
@@ -54,8 +53,6 @@ def edge_attribution(
     Raises `LensError` as `patch` does, for receivers that do not exist, a metric that no gradient passes through, and
     `file=`, since there is no sweep to go on with.
     """
-    if direction not in ("denoise", "noise"):
-        raise LensError(f"direction={direction!r}; expected 'denoise' or 'noise'")
     kinds = (receivers,) if isinstance(receivers, str) else tuple(dict.fromkeys(receivers))
     unknown = next((kind for kind in kinds if kind not in RECEIVERS), None)
     if unknown is not None or not kinds:
@@ -63,8 +60,7 @@ def edge_attribution(
         raise LensError(f"receivers: {hint}; expected some of {', '.join(RECEIVERS)}")
     if how.get("file") is not None:
         raise LensError("file= with edge_attribution, which runs no sweep that could be interrupted; leave it out")
-    clean, corrupt = read(model, clean, "clean"), read(model, corrupt, "corrupt")
-    check_pair(model, clean, corrupt)
+    clean, corrupt = read_pair(model, clean, corrupt, direction)
 
     def study(turn: Turn) -> Scores:
         rows = turn.row(clean), turn.row(corrupt)

@@ -89,9 +89,8 @@ class Reach:
         hook_axes = axes_of(model.hook(names[0]))
         self._check(axes, names, hook_axes)
         ground = Ground(model, row, names[0], self.image)
-        if ground.front and not 0 <= self.image < row.n_images:
-            there = f"0 … {row.n_images - 1}" if row.n_images else "none: the prompt has no picture"
-            raise LensError(f"image {self.image} at {self.hook!r}; expected {there}")
+        if ground.front:
+            row.check_image(self.image, self.hook)
         layers = layers_of(self.layers, len(names))
         if self.hook in model.hook_dict and self.layers is not None:
             raise LensError(f"layers= with the one hook {self.hook!r}; leave it out")

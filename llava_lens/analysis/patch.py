@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 from llava_lens.analysis.grid import Cell, Grid, Reach, Sweep
 from llava_lens.analysis.scores import Scores
-from llava_lens.analysis.study import Running, Turn, check_pair, each_row, read, taken
+from llava_lens.analysis.study import Direction, Running, Turn, each_row, read, read_pair, taken
 from llava_lens.analysis.where import Ground, layers_of
-from llava_lens.errors import LensError
 from llava_lens.sweep.edits import Edit
-
-Direction = Literal["denoise", "noise"]
 
 
 def patch(
@@ -51,10 +48,7 @@ def patch(
     Raises `LensError`, before any long work, for inputs that do not correspond, a role that the prompt lacks, a layer,
     head or position that is not there, and a metric that is not one finite number.
     """
-    if direction not in ("denoise", "noise"):
-        raise LensError(f"direction={direction!r}; expected 'denoise' or 'noise'")
-    clean, corrupt = read(model, clean, "clean"), read(model, corrupt, "corrupt")
-    check_pair(model, clean, corrupt)
+    clean, corrupt = read_pair(model, clean, corrupt, direction)
     reach = Reach(hook, sweep, at, layers, heads, neurons, window, image)
 
     def study(turn: Turn) -> Scores:

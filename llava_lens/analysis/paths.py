@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import torch
 from einops import einsum
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llava_lens.analysis.grid import Cell, Grid, Reach, Sweep
 from llava_lens.analysis.scores import Scores
-from llava_lens.analysis.study import Running, Turn, check_pair, each_row, read
+from llava_lens.analysis.study import Direction, Running, Turn, each_row, read_pair
 from llava_lens.errors import LensError, nearest
 from llava_lens.kernels import upcast
 from llava_lens.layers import Attention, Block
@@ -28,7 +28,6 @@ from llava_lens.sweep.edits import Edit
 from llava_lens.sweep.rows import Row
 from llava_lens.sweep.sites import site_of
 
-Direction = Literal["denoise", "noise"]
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "head": ("z", ("layer", "head")),
     "attn": ("attn_out", ("layer",)),
@@ -76,10 +75,7 @@ def path_patch(
     Raises `LensError` as `patch` does, and for a receiver or sender that is not there, senders none of which comes
     before a receiver, and hooks of yours on the way between them.
     """
-    if direction not in ("denoise", "noise"):
-        raise LensError(f"direction={direction!r}; expected 'denoise' or 'noise'")
-    clean, corrupt = read(model, clean, "clean"), read(model, corrupt, "corrupt")
-    check_pair(model, clean, corrupt)
+    clean, corrupt = read_pair(model, clean, corrupt, direction)
     hearing = receivers_of(model, receivers)
     refuse_hooks(model, how.get("fwd_hooks", ()), hearing)
 

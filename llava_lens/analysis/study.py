@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,12 +19,15 @@ from llava_lens.analysis.scores import Scores, stacked
 from llava_lens.errors import LensError, nearest
 from llava_lens.inputs import Inputs
 from llava_lens.sweep.base import Base
-from llava_lens.sweep.edits import AXES, FRONT, SCORES, Edit
+from llava_lens.sweep.edits import AXES, FRONT, SCORES, Edit, axes_of
 from llava_lens.sweep.engine import MAX_BYTES, Outcome, run_cells
 from llava_lens.sweep.journal import digest
 from llava_lens.sweep.metrics import Metric, metric_of
 from llava_lens.sweep.rows import Row
 from llava_lens.sweep.setting import FullBase, Hooks, Setting, settle
+
+Direction = Literal["denoise", "noise"]
+"""Clean activations into the corrupt run, or corrupt ones into the clean run."""
 
 
 class Running(TypedDict, total=False):
@@ -175,7 +178,7 @@ def facts_of(setting: Setting) -> dict[str, Any]:
 
 def taken(source: Any, edit: Edit) -> Tensor:
     """What another run holds in the place of an edit; along an axis that it takes whole, padding in front too."""
-    row, axes = source.row, source.model.hook(edit.hook).axes.split()[1:]
+    row, axes = source.row, axes_of(source.model.hook(edit.hook))
     rows = None if edit.hook.startswith(FRONT) else row.rows
     part = edit.part(source.of_sample(edit), axes, rows)
     if rows is None or len(rows) == row.n_columns:
@@ -196,6 +199,15 @@ def read(model: Any, inputs: Any, what: str = "inputs") -> Inputs:
         raise LensError(f"{what} of type {type(inputs).__name__}; expected Inputs: model.prepare(question, image)")
     tokenizer = None if model.processor is None else model.processor.tokenizer
     return inputs.to(model.cfg.device).check(model.cfg).with_roles(model.cfg, tokenizer)
+
+
+def read_pair(model: Any, clean: Any, corrupt: Any, direction: str) -> tuple[Inputs, Inputs]:
+    """The two inputs that a patching study goes between, checked; raises `LensError` for a direction there is not."""
+    if direction not in ("denoise", "noise"):
+        raise LensError(f"direction={direction!r}; expected 'denoise' or 'noise'")
+    clean, corrupt = read(model, clean, "clean"), read(model, corrupt, "corrupt")
+    check_pair(model, clean, corrupt)
+    return clean, corrupt
 
 
 def check_pair(model: Any, clean: Inputs, corrupt: Inputs) -> None:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from llava_lens.errors import LensError, nearest
+from llava_lens.images import grown
 from llava_lens.roles import SELECTORS, Roles
 from llava_lens.sweep.edits import FRONT, Places, places
 from llava_lens.sweep.rows import Row
@@ -48,18 +48,6 @@ class Patches:
         if not chosen.any():
             raise LensError(f"a mask that touches none of the {grid[0]} × {grid[1]} patches")
         return np.flatnonzero(chosen).tolist()
-
-
-def grown(patches: Any, buffer: int) -> Any:
-    """A boolean grid with `buffer` patches around each chosen one.
-
-    >>> grown(np.eye(3, dtype=bool), 1).tolist()
-    [[True, True, True], [True, True, True], [True, True, True]]
-    """
-    if buffer < 0:
-        raise LensError(f"a buffer of {buffer} patches; expected 0 or more")
-    near = [np.abs(np.subtract.outer(np.arange(n), np.arange(n))) <= buffer for n in patches.shape]
-    return near[0] @ patches @ near[1]
 
 
 @dataclass(frozen=True)
@@ -221,8 +209,3 @@ def windows(layers: Sequence[int], width: int, n: int) -> list[list[int]]:
         raise LensError(f"a window of {width} layers; expected a whole number, 1 or more")
     before = (width - 1) // 2
     return [[other for other in range(n) if -before <= other - layer <= width - 1 - before] for layer in layers]
-
-
-def tensor_of(where: Places) -> Tensor:
-    """Positions as a tensor."""
-    return torch.tensor(where)

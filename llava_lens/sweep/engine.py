@@ -75,11 +75,11 @@ def run_cells(
     base = setting.clean if on == "clean" else setting.corrupt
     baseline = setting.clean_value if on == "clean" else setting.corrupt_value
     baseline = _spanned(setting.bound, baseline)
-    if not isinstance(base, FullBase):
-        base.require(entered(base.model, (edit.hook for edits in cells for edit in edits)))
     bare = next((i for i, edits in enumerate(cells) if isinstance(edits, Edit)), None)
     if bare is not None:
         raise LensError(f"cell {bare} is an Edit; expected a tuple of them: (edit,)")
+    if not isinstance(base, FullBase):
+        base.require(entered(base.model, (edit.hook for edits in cells for edit in edits)))
     planned = [located(base, i, tuple(edits)) for i, edits in enumerate(cells)]
     live = [cell for cell in planned if not all(base.is_noop(edit) for edit in cell.edits)]
     why = setting.why

@@ -73,9 +73,8 @@ def check(base: Base, edit: Edit) -> None:
         if size is not None and not 0 <= min(where) <= max(where) < size:
             bad = next(w for w in where if not 0 <= w < size)
             raise LensError(f"{name} {bad} at {edit.hook!r}; expected 0 … {size - 1}")
-    if edit.hook.startswith(FRONT) and not 0 <= edit.image < row.n_images:
-        there = f"0 … {row.n_images - 1}" if row.n_images else "none: the prompt has no picture"
-        raise LensError(f"image {edit.image} at {edit.hook!r}; expected {there}")
+    if edit.hook.startswith(FRONT):
+        row.check_image(edit.image, edit.hook)
 
 
 def _check_value(edit: Edit) -> None:

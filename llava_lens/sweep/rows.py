@@ -85,6 +85,12 @@ class Row:
             raise LensError(f"position {column} {what}")
         return self.rows.place[column]
 
+    def check_image(self, image: int, hook: str) -> None:
+        """Raise `LensError` for a picture that is not there."""
+        if not 0 <= image < self.n_images:
+            there = f"0 … {self.n_images - 1}" if self.n_images else "none: the prompt has no picture"
+            raise LensError(f"image {image} at {hook!r}; expected {there}")
+
     def extended(self, ids: list[int]) -> Row:
         """The row with tokens of an answer behind it."""
         if not ids:
