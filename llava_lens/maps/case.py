@@ -1,4 +1,4 @@
-"""One question about one picture, as every map sees it: which token is explained, where its patches stand, what it cost.
+"""One question about one picture, as every map sees it: which token is explained, where its patches are, what it cost.
 
 Unusual: a map is a function from a `Case` to one number per patch; checking inputs, choosing the answer and counting
 passes happen once, here.
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llava_lens.analysis.answers import Several, Word, told, tokens_of
+from llava_lens.analysis.answers import Several, Word, tokens_of, told
 from llava_lens.analysis.study import read, row_of
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs

@@ -73,7 +73,9 @@ class Masking:
         mean = picture.mean((-2, -1), keepdim=True)
         several[:, case.image] = torch.where(keep[:, None], picture, mean)
         tokens = case.inputs.tokens.repeat(n, 1)
-        return case.model(replace(case.inputs, tokens=tokens, pixels=several.flatten(0, 1), roles=None), logits_to_keep=1)
+        return case.model(
+            replace(case.inputs, tokens=tokens, pixels=several.flatten(0, 1), roles=None), logits_to_keep=1
+        )
 
     def in_pixels(self, kept: Bool[Tensor, "run patch"], picture: Tensor) -> Bool[Tensor, "run height width"]:
         """The pixels of the patches that stay; those that no patch covers stay too."""
@@ -97,13 +99,10 @@ class Masking:
         mask[:, self.case.patches] = kept.long()
         stream = self.stream().repeat(n, 1, 1)
         positions = torch.arange(length, device=kept.device)[None]
-        return self.case.model(
-            stream, start_at_layer=0, attention_mask=mask, position_ids=positions, logits_to_keep=1
-        )
+        return self.case.model(stream, start_at_layer=0, attention_mask=mask, position_ids=positions, logits_to_keep=1)
 
     def stream(self) -> Float[Tensor, "1 pos d_model"]:
         """What enters the first layer, made once."""
         if not hasattr(self, "_stream"):
             self._stream = self.case.model.embed_inputs(self.case.inputs)
         return self._stream
-
