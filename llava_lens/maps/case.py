@@ -6,7 +6,7 @@ passes happen once, here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -20,6 +20,10 @@ from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
 from llava_lens.kernels import upcast
 from llava_lens.roles import Roles
+from llava_lens.sweep.journal import digest
+
+MAX_BYTES = 2**28
+"""What the activations of one batch of runs may take."""
 
 
 class Runs(NamedTuple):
@@ -37,7 +41,8 @@ class Runs(NamedTuple):
 class Case:
     """One row of inputs without its padding, the picture whose patches are scored, and the answer that is explained.
 
-    `notes` gathers what a map has to say of itself, `passes` how many runs it took, forward and backward.
+    `number` is the row's in its batch; random numbers come from it and from `seed`. `notes` gathers what a map has to
+    say of itself, `closure` how far a sum misses that must close, `passes` how many runs it took, forward and backward.
     """
 
     model: Any
@@ -48,6 +53,10 @@ class Case:
     facts: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     passes: dict[str, float] = field(default_factory=lambda: {"forward": 0, "backward": 0})
+    number: int = 0
+    seed: int = 0
+    progress: bool = False
+    closure: float | None = None
 
     @classmethod
     def of(
@@ -60,6 +69,8 @@ class Case:
         row: int | None = None,
         image: int = 0,
         several: Several = None,
+        seed: int = 0,
+        progress: bool = False,
     ) -> Case:
         """Check everything once. The answer defaults to the model's own choice, which takes a run that is not counted.
 
@@ -69,7 +80,8 @@ class Case:
         inputs = read(model, inputs)
         if row is None and inputs.batch_size != 1:
             raise LensError(f"a batch of {inputs.batch_size}; expected one row, or row= that says which")
-        inputs = inputs.row(0 if row is None else row_of(inputs, row))
+        number = 0 if row is None else row_of(inputs, row)
+        inputs = inputs.row(number)
         roles = inputs.roles_of()
         if inputs.pixels is None or not roles.n_images:
             raise LensError("no picture: a map scores patches; make the inputs with model.prepare(question, image)")
@@ -87,7 +99,7 @@ class Case:
         facts = told(model, ids, whole)
         if other is not None:
             facts |= {f"versus{name.removeprefix('answer')}": value for name, value in told(model, [other]).items()}
-        return cls(model, inputs, image, ids[0], other, facts)
+        return cls(model, inputs, image, ids[0], other, facts, number=number, seed=seed, progress=progress)
 
     @property
     def roles(self) -> Roles:
@@ -108,6 +120,21 @@ class Case:
     def last(self) -> int:
         """Where the answer is predicted."""
         return self.inputs.n_pos - 1
+
+    @property
+    def picture(self) -> Float[Tensor, "channel height width"]:
+        """The pixel values of the picture whose patches are scored."""
+        assert self.inputs.pixels is not None
+        return self.inputs.pixels[self.image]
+
+    @property
+    def unit(self) -> str:
+        """What the score explained is counted in."""
+        return "nats" if self.versus is None else "logits"
+
+    def generator(self) -> torch.Generator:
+        """Random numbers of this row and seed, on the CPU; the same each time."""
+        return torch.Generator().manual_seed(int(digest(self.seed, self.number), 16))
 
     def measure(self, logits: Float[Tensor, "run d_vocab"]) -> Runs:
         """Read runs from their logits at the last position; on the graph where they are."""
@@ -131,3 +158,37 @@ class Case:
     def all_kept(self, n: int = 1) -> Bool[Tensor, "run patch"]:
         """`n` runs that keep every patch."""
         return torch.ones(n, len(self.patches), dtype=torch.bool)
+
+    # Runs that go on from other pixels or from another stream; they are not counted here
+
+    @cached_property
+    def stream(self) -> Float[Tensor, "1 pos d_model"]:
+        """What enters the first layer, made once; the tower alone runs for it."""
+        with torch.no_grad():
+            return self.model.embed_inputs(self.inputs)
+
+    def from_stream(
+        self, stream: Float[Tensor, "run pos d_model"], seen: Int[Tensor, "run pos"] | None = None
+    ) -> Float[Tensor, "run d_vocab"]:
+        """Logits at the last position of runs that start in the first layer; keys that are not `seen` are blocked."""
+        mask = torch.ones(stream.shape[:2], dtype=torch.long, device=stream.device) if seen is None else seen
+        return self.model(stream, start_at_layer=0, attention_mask=mask, logits_to_keep=1)[:, -1]
+
+    def from_pictures(self, pictures: Float[Tensor, "run channel height width"]) -> Float[Tensor, "run d_vocab"]:
+        """Logits at the last position of runs that see other pictures in this one's place."""
+        pixels, n = self.inputs.pixels, len(pictures)
+        assert pixels is not None
+        several = [pictures if i == self.image else pixels[i].expand_as(pictures) for i in range(len(pixels))]
+        tokens = self.inputs.tokens.repeat(n, 1)
+        inputs = replace(self.inputs, tokens=tokens, pixels=torch.stack(several, 1).flatten(0, 1), roles=None)
+        return self.model(inputs, logits_to_keep=1)[:, -1]
+
+    def runs_at_once(self, pixels: bool = False, graph: bool = False, max_bytes: int = MAX_BYTES) -> int:
+        """How many runs fit a budget: stream, projections, MLP and attention of one layer, or of all on the graph."""
+        cfg, vision, length = self.model.cfg, self.model.cfg.vision, self.inputs.n_pos
+        layer = length * (6 * cfg.d_model + 3 * cfg.d_mlp + cfg.n_heads * length)
+        row = layer * (cfg.n_layers if graph else 1)
+        if pixels and vision is not None:
+            layer = vision.n_ctx * (6 * vision.d_model + 3 * vision.d_mlp + vision.n_heads * vision.n_ctx)
+            row += self.roles.n_images * layer * (vision.n_layers if graph else 1)
+        return max(1, max_bytes // (self.model.embed.weight.element_size() * (row + 3 * cfg.d_vocab)))

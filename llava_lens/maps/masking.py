@@ -5,7 +5,6 @@ Unusual: all three answer the same call, which patches each run keeps, so that w
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava_lens.errors import LensError, nearest
-from llava_lens.maps.case import Case, Runs
+from llava_lens.maps.case import MAX_BYTES, Case, Runs
 
 Operator = Literal["pixel", "embedding", "attention"]
 OPERATORS: dict[str, str] = {
@@ -22,17 +21,17 @@ OPERATORS: dict[str, str] = {
     "embedding": "the patch's image token becomes the mean of the picture's",
     "attention": "no position may attend to the patch's image token, in any layer",
 }
-MAX_BYTES = 2**27
-"""What one batch of masked runs may hold in activations."""
+"""What each does to a patch; the class token, where the model keeps it, stays."""
 
 
 class Masking:
     """Runs of one case with some of its patches taken out by one operator.
 
-    Raises `LensError` for an operator that does not exist.
+    `max_bytes` bounds what a batch of runs holds, `bar` names the progress bar (none if empty). Raises `LensError` for
+    an operator that does not exist.
     """
 
-    def __init__(self, case: Case, operator: Operator = "embedding", *, max_bytes: int = MAX_BYTES, bar: str = ""):
+    def __init__(self, case: Case, operator: str = "embedding", *, max_bytes: int = MAX_BYTES, bar: str = ""):
         if operator not in OPERATORS:
             raise LensError(f"operator {operator!r}{nearest(operator, OPERATORS)}; expected {', '.join(OPERATORS)}")
         self.case, self.operator, self.max_bytes, self.bar = case, operator, max_bytes, bar
@@ -43,66 +42,39 @@ class Masking:
         case = self.case
         if kept.ndim != 2 or kept.shape[1] != len(case.patches) or kept.dtype != torch.bool:
             raise LensError(f"kept {list(kept.shape)} of {kept.dtype}; expected booleans [run, {len(case.patches)}]")
-        parts = kept.split(self.rows_at_once())
+        parts = kept.split(case.runs_at_once(self.operator == "pixel", max_bytes=self.max_bytes)) if len(kept) else ()
         shown = tqdm(parts, desc=self.bar, unit="batch", leave=False, disable=not self.bar or len(parts) < 2)
-        each = [case.measure(self.logits(part.to(case.model.cfg.device))) for part in shown]
+        each = [case.measure(self.logits(part)) for part in shown]
         case.count(forward=len(kept))
         if not each:
             return Runs(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.long))
         return Runs(*(torch.cat(values) for values in zip(*each, strict=True)))
 
-    def rows_at_once(self) -> int:
-        """How many runs fit the budget: stream, projections and MLP of every position, logits of one."""
-        cfg, itemsize = self.case.model.cfg, self.case.model.embed.weight.element_size()
-        row = self.case.inputs.n_pos * (6 * cfg.d_model + 3 * cfg.d_mlp + cfg.n_heads * self.case.inputs.n_pos)
-        if self.operator == "pixel" and cfg.vision is not None:
-            v = cfg.vision
-            row += self.case.roles.n_images * v.n_ctx * (6 * v.d_model + 3 * v.d_mlp + v.n_heads * v.n_ctx)
-        return max(1, self.max_bytes // (itemsize * (row + 3 * cfg.d_vocab)))
-
     def logits(self, kept: Bool[Tensor, "run patch"]) -> Float[Tensor, "run d_vocab"]:
-        """Logits at the last position of a batch of runs."""
-        return getattr(self, f"_{self.operator}")(kept)[:, -1]
+        """Logits at the last position of a batch of runs, not counted."""
+        if self.operator == "pixel":
+            return self.case.from_pictures(masked_pictures(self.case, kept))
+        if self.operator == "embedding":
+            return self.case.from_stream(masked_streams(self.case, kept))
+        seen = torch.ones(len(kept), self.case.inputs.n_pos, dtype=torch.long)
+        seen[:, self.case.patches] = kept.long().cpu()
+        stream = self.case.stream.repeat(len(kept), 1, 1)
+        return self.case.from_stream(stream, seen.to(stream.device))
 
-    def _pixel(self, kept: Tensor) -> Tensor:
-        case, pixels, n = self.case, self.case.inputs.pixels, len(kept)
-        assert pixels is not None
-        several = pixels[None].repeat(n, *[1] * pixels.ndim)
-        picture = pixels[case.image]
-        keep = self.in_pixels(kept, picture)
-        mean = picture.mean((-2, -1), keepdim=True)
-        several[:, case.image] = torch.where(keep[:, None], picture, mean)
-        tokens = case.inputs.tokens.repeat(n, 1)
-        return case.model(
-            replace(case.inputs, tokens=tokens, pixels=several.flatten(0, 1), roles=None), logits_to_keep=1
-        )
 
-    def in_pixels(self, kept: Bool[Tensor, "run patch"], picture: Tensor) -> Bool[Tensor, "run height width"]:
-        """The pixels of the patches that stay; those that no patch covers stay too."""
-        rows, cols = self.case.grid
-        side = self.case.model.cfg.vision.patch_size
-        grid = kept.reshape(-1, rows, cols).repeat_interleave(side, 1).repeat_interleave(side, 2)
-        out = torch.ones(len(kept), *picture.shape[-2:], dtype=torch.bool, device=kept.device)
-        out[:, : grid.shape[1], : grid.shape[2]] = grid
-        return out
+def masked_pictures(case: Case, kept: Bool[Tensor, "run patch"]) -> Float[Tensor, "run channel height width"]:
+    """The picture with the pixels of all but some patches in its mean colour; those that no patch covers stay."""
+    picture, side = case.picture, case.model.cfg.vision.patch_size
+    grid = kept.reshape(-1, *case.grid).repeat_interleave(side, 1).repeat_interleave(side, 2)
+    keep = torch.ones(len(kept), *picture.shape[-2:], dtype=torch.bool)
+    keep[:, : grid.shape[1], : grid.shape[2]] = grid.cpu()
+    mean = picture.mean((-2, -1), keepdim=True)
+    return torch.where(keep[:, None].to(picture.device), picture, mean)
 
-    def _embedding(self, kept: Tensor) -> Tensor:
-        patches = self.case.patches
-        stream = self.stream().repeat(len(kept), 1, 1)
-        own = stream[:, patches]
-        stream[:, patches] = torch.where(kept[..., None], own, own.mean(1, keepdim=True))
-        return self.case.model(stream, start_at_layer=0, logits_to_keep=1)
 
-    def _attention(self, kept: Tensor) -> Tensor:
-        n, length = len(kept), self.case.inputs.n_pos
-        mask = torch.ones(n, length, dtype=torch.long, device=kept.device)
-        mask[:, self.case.patches] = kept.long()
-        stream = self.stream().repeat(n, 1, 1)
-        positions = torch.arange(length, device=kept.device)[None]
-        return self.case.model(stream, start_at_layer=0, attention_mask=mask, position_ids=positions, logits_to_keep=1)
-
-    def stream(self) -> Float[Tensor, "1 pos d_model"]:
-        """What enters the first layer, made once."""
-        if not hasattr(self, "_stream"):
-            self._stream = self.case.model.embed_inputs(self.case.inputs)
-        return self._stream
+def masked_streams(case: Case, kept: Bool[Tensor, "run patch"]) -> Float[Tensor, "run pos d_model"]:
+    """What enters the first layer with all but some image tokens replaced by the mean of the picture's patches."""
+    stream = case.stream.repeat(len(kept), 1, 1)
+    own = stream[:, case.patches]
+    stream[:, case.patches] = torch.where(kept[..., None].to(own.device), own, own.mean(1, keepdim=True))
+    return stream

@@ -1,0 +1,142 @@
+"""Maps of what patches say directly: their contributions to the answer through the last position's attention.
+
+Unusual: one forward pass that keeps values everywhere but patterns and streams of the last position alone. With a second
+answer all increases are exact at once, because the difference of two is the difference of two logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llava_lens.analysis.attribution import log_prob_increase, names_for, screen
+from llava_lens.analysis.explanation import TOP_CELLS
+from llava_lens.analysis.query import Place, Query
+from llava_lens.analysis.where import layers_of
+from llava_lens.cache import LlavaCache
+from llava_lens.errors import LensError
+from llava_lens.hooks import reader
+from llava_lens.kernels import rms_norm_parts, upcast
+from llava_lens.maps.case import Case
+from llava_lens.record import Cuts, Recorder
+
+
+@dataclass(frozen=True)
+class Glance:
+    """One run's cache: values of every position, all else at the last one."""
+
+    cache: LlavaCache
+
+    @property
+    def place(self) -> Place:
+        """The last position."""
+        return Place.of(self.cache, 0, -1)
+
+
+def glance(case: Case) -> Glance:
+    """Run the model and keep what the direct maps read."""
+    names = names_for(case.model, "head", "position")
+    everywhere, at_last = Recorder(Cuts()), Recorder(Cuts(slice(-1, None)))
+    hooks = [(name, everywhere if name.endswith("hook_v") else at_last) for name in names]
+    with torch.no_grad(), case.model.hooks(fwd_hooks=hooks):
+        case.model(case.inputs, logits_to_keep=1)
+    case.count(forward=1)
+    acts = everywhere.stored | at_last.stored
+    return Glance(LlavaCache(acts, case.model, inputs=case.inputs, asked=frozenset(names), kept=(case.last,)))
+
+
+@dataclass(frozen=True)
+class LogitQuery(Query):
+    """A query whose linear form is the contribution to the answer's logit, or to its lead over another one's."""
+
+    versus: int | None = None
+
+    def gradient(self, layer: int) -> Float[Tensor, " d_model"]:
+        readout = self.readout
+        read = readout.unembed[self.token] - (0 if self.versus is None else readout.unembed[self.versus])
+        return readout.scale * readout.gain * read
+
+
+def query_of(case: Case, logit: bool) -> Query:
+    """The question asked of the last position: increases, or with `logit` (and with a second answer) logits."""
+    cache, unembed = glance(case).cache, upcast(case.model.unembed.weight)
+    query = Query.asking(cache, 0, -1, case.token, unembed)
+    if not logit and case.versus is None:
+        return query
+    return LogitQuery(query.cache, query.row, query.query, query.readout, query.token, case.versus)
+
+
+def linear(case: Case, logit: bool, by: str = "position") -> Float[Tensor, "layer head source"]:
+    """The linear form of every head and source; notes how far heads plus bias miss the attention's output."""
+    cells, case.closure = screen(query_of(case, logit), by)
+    if not logit and case.versus is not None:
+        case.notes["increase"] = "the difference of two increases is the logit difference"
+    return cells
+
+
+def lpi_linear(case: Case) -> Float[Tensor, " patch"]:
+    """`Σ <c, ∇ log p(answer)>` over heads: the first order of the increase, an upper bound of it."""
+    return linear(case, logit=False).sum((0, 1))[case.patches]
+
+
+def dla(case: Case) -> Float[Tensor, " patch"]:
+    """What each patch adds to the answer's logit through all heads, under the frozen final norm."""
+    return linear(case, logit=True).sum((0, 1))[case.patches]
+
+
+def lpi(case: Case, *, top_k: int = TOP_CELLS, exact: bool = False) -> Float[Tensor, " patch"]:
+    """The log-probability increase of each patch, summed over all heads; the `top_k` largest cells exactly."""
+    if case.versus is not None:
+        return lpi_linear(case)
+    found = log_prob_increase(glance(case).cache, case.token, "position", top_k=top_k, exact=exact)
+    case.closure = found.closure
+    case.notes |= {"exact_cells": found.method["exact"], "cells": found.method["of"]}
+    return found.values[case.patches]
+
+
+def lpi_top(case: Case, *, k: int = 1, top_k: int = TOP_CELLS) -> Float[Tensor, " patch"]:
+    """The increase of each patch through the `k` heads with the highest increase; the paper draws one."""
+    heads = case.model.cfg.n_layers * case.model.cfg.n_heads
+    if not 1 <= k <= heads:
+        raise LensError(f"k={k}; expected 1 … {heads} heads")
+    if case.versus is not None:
+        cells = linear(case, logit=False)
+        order = cells.sum(-1).flatten().topk(k).indices
+        case.notes["heads"] = [divmod(int(i), cells.shape[1]) for i in order]
+        return cells.flatten(0, 1)[order].sum(0)[case.patches]
+    cache = glance(case).cache
+    top = [entry.place for entry in log_prob_increase(cache, case.token, "head", exact=True).top(k)]
+    found = log_prob_increase(cache, case.token, "position", heads=[(h[0], h[1]) for h in top], top_k=top_k)
+    case.closure = found.closure
+    case.notes |= {"heads": top, "exact_cells": found.method["exact"], "cells": found.method["of"]}
+    return found.values[case.patches]
+
+
+def logit_lens(case: Case, *, layer: int | Literal["best", "mean"] = "best") -> Float[Tensor, " patch"]:
+    """The answer's probability read from each patch's own stream behind a layer, through the final norm.
+
+    "best" is the highest of all layers, "mean" their mean. With a second answer it is the difference of logits.
+    """
+    n = case.model.cfg.n_layers
+    layers = list(range(n)) if layer in ("best", "mean") else layers_of(layer, n)
+    if isinstance(layer, str) and layer not in ("best", "mean"):
+        raise LensError(f"layer={layer!r}; expected a layer, 'best' or 'mean'")
+    gain, unembed = upcast(case.model.ln_final.w).detach(), upcast(case.model.unembed.weight).detach()
+    found: list[Tensor] = []
+
+    @reader
+    def look(act: Tensor, hook: Any) -> None:
+        normed, _ = rms_norm_parts(act[0, case.patches], case.model.cfg.eps)
+        runs = case.measure((normed * gain) @ unembed.T)
+        found.append(runs.prob if case.versus is None else runs.score)
+
+    hooks = [(f"blocks.{each}.hook_resid_post", look) for each in layers]
+    with torch.no_grad(), case.model.hooks(fwd_hooks=hooks):
+        case.model(case.inputs, logits_to_keep=1)
+    case.count(forward=1)
+    by_layer = torch.stack(found)
+    return by_layer.amax(0) if layer == "best" else by_layer.mean(0)
