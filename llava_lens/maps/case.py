@@ -90,6 +90,8 @@ class Case:
             raise LensError(
                 "several='all': a map explains one token; explain each in turn, with the ones before it in the prompt"
             )
+        if inputs.pixels.is_inference():  # which no graph may hold
+            inputs = replace(inputs, pixels=inputs.pixels.clone())
         ids = None if answer is None else tokens_of(model, answer, several)
         other = None if versus is None else tokens_of(model, versus, several, "versus")[0]
         if ids is None:

@@ -1,7 +1,7 @@
 """Maps of what patches say directly: their contributions to the answer through the last position's attention.
 
-Unusual: one forward pass that keeps values everywhere but patterns and streams of the last position alone. With a second
-answer all increases are exact at once, because the difference of two is the difference of two logits.
+Unusual: one forward pass that keeps values everywhere but patterns and streams of the last position alone. With a
+second answer all increases are exact at once, because the difference of two is the difference of two logits.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.attribution import log_prob_increase, names_for, screen
+from llava_lens.analysis.attribution import log_prob_increase, names_for
 from llava_lens.analysis.explanation import TOP_CELLS
-from llava_lens.analysis.query import Place, Query
+from llava_lens.analysis.query import Place
 from llava_lens.analysis.where import layers_of
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError
@@ -49,53 +50,25 @@ def glance(case: Case) -> Glance:
     return Glance(LlavaCache(acts, case.model, inputs=case.inputs, asked=frozenset(names), kept=(case.last,)))
 
 
-@dataclass(frozen=True)
-class LogitQuery(Query):
-    """A query whose linear form is the contribution to the answer's logit, or to its lead over another one's."""
-
-    versus: int | None = None
-
-    def gradient(self, layer: int) -> Float[Tensor, " d_model"]:
-        readout = self.readout
-        read = readout.unembed[self.token] - (0 if self.versus is None else readout.unembed[self.versus])
-        return readout.scale * readout.gain * read
-
-
-def query_of(case: Case, logit: bool) -> Query:
-    """The question asked of the last position: increases, or with `logit` (and with a second answer) logits."""
-    cache, unembed = glance(case).cache, upcast(case.model.unembed.weight)
-    query = Query.asking(cache, 0, -1, case.token, unembed)
-    if not logit and case.versus is None:
-        return query
-    return LogitQuery(query.cache, query.row, query.query, query.readout, query.token, case.versus)
-
-
-def linear(case: Case, logit: bool, by: str = "position") -> Float[Tensor, "layer head source"]:
-    """The linear form of every head and source; notes how far heads plus bias miss the attention's output."""
-    cells, case.closure = screen(query_of(case, logit), by)
-    if not logit and case.versus is not None:
-        case.notes["increase"] = "the difference of two increases is the logit difference"
-    return cells
-
-
 def lpi_linear(case: Case) -> Float[Tensor, " patch"]:
     """`Σ <c, ∇ log p(answer)>` over heads: the first order of the increase, an upper bound of it."""
-    return linear(case, logit=False).sum((0, 1))[case.patches]
+    return lpi(case, top_k=0)
 
 
 def dla(case: Case) -> Float[Tensor, " patch"]:
-    """What each patch adds to the answer's logit through all heads, under the frozen final norm."""
-    return linear(case, logit=True).sum((0, 1))[case.patches]
+    """What each patch adds to the answer's logit through all heads, under the frozen final norm.
+
+    `closure` is how far heads plus bias miss the attention's output.
+    """
+    return logit_cells(case, glance(case)).sum((0, 1))[case.patches]
 
 
 def lpi(case: Case, *, top_k: int = TOP_CELLS, exact: bool = False) -> Float[Tensor, " patch"]:
     """The log-probability increase of each patch, summed over all heads; the `top_k` largest cells exactly."""
     if case.versus is not None:
-        return lpi_linear(case)
-    found = log_prob_increase(glance(case).cache, case.token, "position", top_k=top_k, exact=exact)
-    case.closure = found.closure
-    case.notes |= {"exact_cells": found.method["exact"], "cells": found.method["of"]}
-    return found.values[case.patches]
+        case.notes["increase"] = SAME
+        return dla(case)
+    return increases(case, glance(case), None, top_k, exact)
 
 
 def lpi_top(case: Case, *, k: int = 1, top_k: int = TOP_CELLS) -> Float[Tensor, " patch"]:
@@ -103,17 +76,48 @@ def lpi_top(case: Case, *, k: int = 1, top_k: int = TOP_CELLS) -> Float[Tensor, 
     heads = case.model.cfg.n_layers * case.model.cfg.n_heads
     if not 1 <= k <= heads:
         raise LensError(f"k={k}; expected 1 … {heads} heads")
+    run = glance(case)
     if case.versus is not None:
-        cells = linear(case, logit=False)
+        cells = logit_cells(case, run)
         order = cells.sum(-1).flatten().topk(k).indices
-        case.notes["heads"] = [divmod(int(i), cells.shape[1]) for i in order]
+        case.notes |= {"increase": SAME, "heads": [list(divmod(int(i), cells.shape[1])) for i in order]}
         return cells.flatten(0, 1)[order].sum(0)[case.patches]
-    cache = glance(case).cache
-    top = [entry.place for entry in log_prob_increase(cache, case.token, "head", exact=True).top(k)]
-    found = log_prob_increase(cache, case.token, "position", heads=[(h[0], h[1]) for h in top], top_k=top_k)
+    top = log_prob_increase(run.cache, case.token, "head", exact=True).top(k)
+    case.notes["heads"] = [list(entry.place) for entry in top]
+    return increases(case, run, [(entry.place[0], entry.place[1]) for entry in top], top_k, False)
+
+
+SAME = "the difference of two increases is that of the logits"
+"""Why no increase is computed where there is a second answer."""
+
+
+def increases(
+    case: Case, run: Glance, heads: list[tuple[int, int]] | None, top_k: int, exact: bool
+) -> Float[Tensor, " patch"]:
+    """The increase of each patch, summed over some heads."""
+    found = log_prob_increase(run.cache, case.token, "position", heads=heads, top_k=top_k, exact=exact)
     case.closure = found.closure
-    case.notes |= {"heads": top, "exact_cells": found.method["exact"], "cells": found.method["of"]}
+    case.notes |= {"exact_cells": found.method["exact"], "cells": found.method["of"]}
     return found.values[case.patches]
+
+
+def logit_cells(case: Case, run: Glance) -> Float[Tensor, "layer head source"]:
+    """What every head adds from every position to the answer's logit, or to its lead over another one's."""
+    model, place, layers = case.model, run.place, []
+    final = place.at(place.n_layers - 1, "hook_resid_post")
+    unembed = upcast(model.unembed.weight[[case.token, case.token if case.versus is None else case.versus]]).detach()
+    read = unembed[0] - (0 if case.versus is None else unembed[1])
+    read = read * upcast(model.ln_final.w).detach() * (final.pow(2).mean() + model.cfg.eps).rsqrt()
+    misses = []
+    for layer in range(place.n_layers):
+        attn = model.blocks[layer].attn
+        through = upcast(attn.W_O).detach() @ read
+        cells = place.pattern(layer) * einsum(place.values(layer), through, "head key d_head, head d_head -> head key")
+        whole = (place.at(layer, "hook_attn_out") - upcast(attn.b_O).detach()) @ read
+        misses.append(abs(float(cells.sum() - whole)))
+        layers.append(cells)
+    case.closure = max(misses)
+    return torch.stack(layers)
 
 
 def logit_lens(case: Case, *, layer: int | Literal["best", "mean"] = "best") -> Float[Tensor, " patch"]:

@@ -20,7 +20,7 @@ from llava_lens.analysis.scores import Scores
 from llava_lens.analysis.study import read, row_of
 from llava_lens.errors import LensError, nearest
 from llava_lens.kernels import upcast
-from llava_lens.maps import attention, direct, floors, perturbation
+from llava_lens.maps import attention, causal, direct, floors, gradients, perturbation, relevancy
 from llava_lens.maps.case import Case
 
 SCORE = "score"
@@ -59,8 +59,11 @@ LPI = "arXiv 2411.10950"
 METHODS: dict[str, Method] = {
     "random": Method(floors.random, "drawn evenly from 0 … 1", unit="", signed=False),
     "centre": Method(floors.centre, "falls with the distance from the middle", unit="", signed=False),
-    "attention": Method(attention.attention, "attention of the last position, mean of layers and heads", LPI, "", False),
+    "attention": Method(attention.attention, "the last position's attention, mean of layers and heads", LPI, "", False),
     "rollout": Method(attention.rollout, "attention rolled out through the layers", "arXiv 2005.00928", "", False),
+    "relevancy": Method(
+        relevancy.relevancy, "attention × its gradient, carried through the layers", "arXiv 2103.15679", "", False
+    ),
     "value_norm": Method(
         attention.value_norm, "norm of what each patch writes to the last position", "arXiv 2004.10102", "", False
     ),
@@ -72,10 +75,21 @@ METHODS: dict[str, Method] = {
         direct.logit_lens, "the answer read from the patch's own stream", "arXiv 2410.02762", "probability", False,
         "logits",
     ),
+    "gradient": Method(gradients.gradient, "gradient × input", "arXiv 1704.02685"),
+    "integrated_gradients": Method(
+        gradients.integrated_gradients, "gradients along the way from a masked picture", "arXiv 1703.01365"
+    ),
     "occlusion": Method(perturbation.occlusion, "fall of the score without the patch", "arXiv 1311.2901"),
     "rise": Method(
         perturbation.rise, "expected answer under random masks that keep the patch", "arXiv 1806.07421", "probability",
         False, "logits",
+    ),
+    "causal_tracing": Method(
+        causal.causal_tracing, "what the patch's clean state brings back in a noisy run", "arXiv 2202.05262",
+        "probability", True, "logits",
+    ),
+    "attribution_patching": Method(
+        causal.attribution_patching, "gradient × (clean − corrupt) at the image token", "arXiv 2403.00745"
     ),
 }  # fmt: skip
 """Name → method."""
@@ -127,9 +141,16 @@ def scores_of(case: Case, name: str, method: Method, options: dict[str, Any]) ->
     values = upcast(values.detach().cpu()).reshape(case.grid)
     if not bool(values.isfinite().all()):
         raise LensError(f"method {name!r} gave numbers that are not finite; expected one for each patch")
-    said = {"score": name, **case.facts, "image": case.image, **method.options, **options, **case.notes}
-    said |= {"passes": dict(case.passes)}
+    told = {option: plain(value) for option, value in {**method.options, **options}.items()}
+    said = {"score": name, **case.facts, "image": case.image, **told, **case.notes, "passes": dict(case.passes)}
     return Scores(values, ("row", "col"), {}, method.unit_of(case), said, case.closure, (case.roles,))
+
+
+def plain(value: Any) -> Any:
+    """An option as a result keeps it, which can be written as JSON."""
+    if isinstance(value, list | tuple | range):
+        return [plain(each) for each in value]
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def method_of(method: str | Callable[..., Tensor]) -> tuple[str, Method]:
