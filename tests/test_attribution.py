@@ -15,7 +15,8 @@ from torch import Tensor
 
 from llava_lens import HookedLlava, LlavaCache
 from llava_lens.analysis import Scores, log_prob_increase, mean_attention, names_for
-from llava_lens.analysis.readout import Readout, shift
+from llava_lens.analysis.increase import shift
+from llava_lens.analysis.readout import Readout
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
 from llava_lens.roles import Picture, Roles
@@ -265,7 +266,7 @@ def test_missing_entries_are_named_with_the_filter_that_keeps_them() -> None:
     "arguments, message",
     [
         ({"answer": 97}, "answer 97; expected a token id, 0 … 96"),
-        ({"by": "neuron"}, "by='neuron'; expected 'layer', 'head', 'position'"),
+        ({"by": "neurone"}, "by='neurone'; expected 'layer', 'head', 'position'"),
         ({"row": 1}, "row 1; expected -1 … 0"),
         ({"by": "position", "heads": [(3, 0)]}, r"head \(3, 0\); expected \(0 … 2, 0 … 3\)"),
         ({"by": "position", "heads": []}, "names no head"),

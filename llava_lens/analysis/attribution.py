@@ -1,32 +1,41 @@
-"""Log-probability increase of layers, heads and positions, from the entries of a cache (arXiv 2411.10950, 2312.12141).
+"""Log-probability increase of layers, heads, positions and neurons, from a cache (arXiv 2411.10950, 2312.12141).
 
-Unusual: every head and position is screened with the linear form, which costs one vector per layer and is never below
-the increase; the cells that matter are then computed exactly, over the full vocabulary.
+Unusual: every cell is screened to first order, with a bound on what that misses; only the cells that the bound does not
+settle are computed over the full vocabulary, so all heads × positions cost little more than one vector per layer.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from einops import einsum
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
+from llava_lens.analysis.answers import Several, predicted_at, tokens_of, told
+from llava_lens.analysis.cells import Screen, certain, largest, left_over, to_settle
+from llava_lens.analysis.cells import screen as screen
+from llava_lens.analysis.increase import Base, Vocabulary
 from llava_lens.analysis.query import Answer, By, Place, Query
 from llava_lens.analysis.scores import Scores, stacked
 from llava_lens.cache import LlavaCache
-from llava_lens.errors import LensError
+from llava_lens.errors import LensError, nearest
 from llava_lens.kernels import upcast
 
 Head = tuple[int, int]
+TOLERANCE = 1e-4
+"""How far a number may be off unless told otherwise, in nats."""
+SCALES = ("final", "own")
 
 NEEDED: dict[By, tuple[str, ...]] = {
     "layer": ("hook_resid_pre", "hook_attn_out", "hook_mlp_out"),
     "head": ("hook_resid_pre", "attn.hook_z", "hook_attn_out"),
     "position": ("hook_resid_pre", "attn.hook_pattern", "attn.hook_v", "hook_attn_out"),
     ("head", "position"): ("hook_resid_pre", "attn.hook_pattern", "attn.hook_v", "hook_attn_out"),
+    "neuron": ("hook_resid_pre", "hook_attn_out", "mlp.hook_post", "hook_mlp_out"),
     "attention": ("attn.hook_pattern",),
 }
 """What each question asks of every block's entries; all but `attention` need the last `hook_resid_post` too."""
@@ -58,39 +67,42 @@ def log_prob_increase(
     *,
     row: int | None = None,
     heads: Iterable[Head] | None = None,
-    top_k: int = 1024,
+    scale: str = "final",
+    several: Several = None,
+    tolerance: float = TOLERANCE,
+    top_k: int | None = None,
     exact: bool = False,
 ) -> Scores:
-    """How much each part of the model raises the log-probability of `answer`, in nats.
+    """How much each part of the model raises the log-probability of `answer`, in nats (arXiv 2411.10950).
 
-    `LPI(y) = log softmax z(base + y)[answer] − log softmax z(base)[answer]`, with `z` the unembedding under the norm
-    scale of the model's own final stream and `base` the stream that `y` is added to (arXiv 2411.10950). By "layer":
-    `[layer, part]`, attention and MLP, which telescope to `log p(answer)`; by "head": `[layer, head]`; by
-    ("head", "position"): `[layer, head, position]`; by "position": `[position]`, summed over all heads or the given
-    `heads`, pairs (layer, head).
+    `LPI(y) = log softmax z(base + y)[answer] − log softmax z(base)[answer]`, with `base` the stream that `y` is added
+    to. By "layer": `[layer, part]`, attention and MLP; by "head": `[layer, head]`; by ("head", "position"):
+    `[layer, head, position]`; by "position": `[position]`, summed over all heads or the given `heads`, pairs
+    (layer, head); by "neuron": `[layer, neuron]`, what each neuron of an MLP adds behind the attention. With `scale`
+    "final" `z` is the unembedding under the norm factor of the model's own final stream, as in the paper; with "own"
+    `base` and `base + y` are each normed by themselves. Layers telescope to `log p(answer)` either way.
 
-    The `top_k` cells with the largest linear form (in absolute value) are exact, all with `exact`; the rest is the
-    linear form, an upper bound that is the tighter the smaller it is. `method` says how many are exact, and how many of
-    the highest are certain to be the highest. `closure` is how far the telescoping sum, or heads plus bias against the
-    attention's output, misses.
+    No number is off by more than `tolerance` nats, rounding aside: first order, which is never below the increase, is
+    kept where it is certain to be that close (Hoeffding's lemma, Bennett's inequality), all else is computed over the
+    full vocabulary; layers always are. `exact` computes everything so; `top_k` instead the cells whose first order is
+    the largest in absolute value, whatever the others miss. `method` says how many are exact, how far a number may be
+    off at most (`certified`), and how many of the highest cells are certain to be the highest. `closure` is how far the
+    telescoping sum, or the parts plus bias against what their layer adds, misses.
 
-    `answer` is a token id or a string that is one token, by default the model's own choice. `position` is the query,
-    -1 the last that is not padding. Of a batch all rows are scored, with an axis `batch`, or one `row`.
+    `answer` is a token id or a string, by default the model's own choice. Of a string of several tokens
+    `several="first"` scores the first; "all" adds up all, each at the position where it is predicted, the last at
+    `position`, with their start in the prompt. `position` is the query, -1 the last that is not padding. Of a batch all
+    rows are scored, with an axis `batch`, or one `row`.
 
-    Raises `LensError` for missing entries (naming them), a string of several tokens, a position or row not there.
+    Raises `LensError` for missing entries (naming them), those of another model, a string of several tokens without
+    `several`, a position or row not there, an unknown `by` or `scale`, and a tolerance that is not above zero.
     """
-    if by not in NEEDED or by == "attention":
-        raise LensError(f"by={by!r}; expected 'layer', 'head', 'position' or ('head', 'position')")
-    if heads is not None and by != "position":
-        raise LensError(f"heads= with by={by!r}: only by='position' sums over heads")
+    check(cache, by, heads, scale, tolerance, top_k)
     chosen = None if heads is None else head_mask(cache.model, heads)
-    need(cache, by)
+    asked = Asked(by, chosen, scale == "own", tolerance, top_k, exact, Vocabulary.of(cache.model))
     unembed = upcast(cache.model.unembed.weight)
-    each = []
-    for i in rows_of(cache, row):
-        query = Query.asking(cache, i, position, answer, unembed)
-        each.append(by_layer(query) if by == "layer" else by_cell(query, by, chosen, None if exact else top_k))
-    return joined(each)
+    rows = rows_of(cache, row)
+    return joined([of_answer(asked, questions(cache, i, position, answer, several, unembed)) for i in rows])
 
 
 def mean_attention(cache: LlavaCache, position: int = -1, *, row: int | None = None) -> Scores:
@@ -118,8 +130,8 @@ def rows_of(cache: LlavaCache, row: int | None) -> list[int]:
     """The rows to score: the given one, or all."""
     name = next(name for name in cache.cache_dict if name.startswith("blocks."))
     n = len(cache[name]) if cache.has_batch_dim else 1
-    if row is not None and not -n <= row < n:
-        raise LensError(f"row {row}; expected {-n} … {n - 1}")
+    if row is not None and (isinstance(row, bool) or not isinstance(row, int) or not -n <= row < n):
+        raise LensError(f"row {row!r}; expected {-n} … {n - 1}")
     return list(range(n)) if row is None else [row % n]
 
 
@@ -129,7 +141,7 @@ def joined(each: Sequence[Scores]) -> Scores:
 
 
 def need(cache: LlavaCache, by: By) -> None:
-    """Raise `LensError` naming what a question needs and the cache lacks."""
+    """Raise `LensError` naming what a question needs and the cache lacks, or holds in another model's shape."""
     names = names_for(cache.model, by)
     missing = [name for name in names if name not in cache]
     if missing:
@@ -138,6 +150,43 @@ def need(cache: LlavaCache, by: By) -> None:
             f"the cache lacks {shown}; run with names_filter=names_for(model, {by!r}) "
             "(llava_lens.analysis.names_for), or without a filter"
         )
+    for name in names:
+        ends, got = ending(cache.model, name), tuple(cache[name].shape)
+        wanted = (("batch",) if cache.has_batch_dim else ()) + ends
+        if len(got) != len(wanted) or any(isinstance(w, int) and g != w for g, w in zip(got, wanted, strict=True)):
+            raise LensError(
+                f"cache of another model: {name} is {list(got)}, this model's is [{', '.join(map(str, wanted))}]"
+            )
+
+
+def ending(model: Any, name: str) -> tuple[int | str, ...]:
+    """The axes of a block's entry behind the batch, those that the model fixes as numbers."""
+    cfg = model.cfg
+    return {
+        "attn.hook_pattern": (cfg.n_heads, "query", "key"),
+        "attn.hook_v": ("key", cfg.n_key_value_heads, cfg.d_head),
+        "attn.hook_z": ("query", cfg.n_heads, cfg.d_head),
+        "mlp.hook_post": ("query", cfg.d_mlp),
+    }.get(name.split(".", 2)[2], ("query", cfg.d_model))
+
+
+def check(cache: LlavaCache, by: By, heads: Any, scale: str, tolerance: float, top_k: int | None) -> None:
+    """Raise `LensError` for a question that has no answer."""
+    known = [each for each in NEEDED if each != "attention"]
+    if by not in known:
+        shown = ", ".join(map(repr, known))
+        raise LensError(
+            f"by={by!r}; expected {shown}{nearest(str(by), [each for each in known if isinstance(each, str)])}"
+        )
+    if heads is not None and by != "position":
+        raise LensError(f"heads= with by={by!r}: only by='position' sums over heads")
+    if scale not in SCALES:
+        raise LensError(f"scale={scale!r}; expected 'final' or 'own'{nearest(str(scale), SCALES)}")
+    if not isinstance(tolerance, float | int) or not tolerance > 0:
+        raise LensError(f"tolerance={tolerance!r}; expected nats above 0, as {TOLERANCE:g} (exact=True for none)")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 0):
+        raise LensError(f"top_k={top_k!r}; expected 0 or more")
+    need(cache, by)
 
 
 def head_mask(model: Any, heads: Iterable[Head]) -> Bool[Tensor, "layer head"]:
@@ -153,78 +202,113 @@ def head_mask(model: Any, heads: Iterable[Head]) -> Bool[Tensor, "layer head"]:
     return mask
 
 
-# ---- the scores of one query
+# ---- the scores of one answer
 
 
-def by_layer(query: Query) -> Scores:
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is asked of every row."""
+
+    by: By
+    heads: Bool[Tensor, "layer head"] | None
+    own: bool
+    tolerance: float
+    top_k: int | None
+    exact: bool
+    vocabulary: Vocabulary
+
+    @property
+    def enough(self) -> float:
+        """Bounds need not be tighter than this: infinite where nobody reads them."""
+        return math.inf if self.exact else self.tolerance
+
+
+@dataclass(frozen=True, eq=False)
+class Questions:
+    """One row's queries, one per token of the answer that is scored, and what is to be said of it."""
+
+    queries: tuple[Query, ...]
+    facts: dict[str, Any]
+
+
+def questions(
+    cache: LlavaCache, row: int, position: int, answer: Answer, several: Several, unembed: Tensor
+) -> Questions:
+    """Where each token of an answer is asked about in one row."""
+    model = cache.model
+    if answer is None:
+        query = Query.asking(cache, row, position, None, unembed)
+        return Questions((query,), told(model, [query.token]))
+    ids = tokens_of(model, answer, several)
+    whole = tokens_of(model, answer, "all") if several == "first" else None
+    at = predicted_at(cache, row, Place.of(cache, row, position).in_prompt, ids)
+    return Questions(tuple(Query.asking(cache, row, p, token, unembed) for p, token in at), told(model, ids, whole))
+
+
+def of_answer(asked: Asked, questions: Questions) -> Scores:
+    """The scores of an answer: of its token, or the sum of those of all its tokens, which share the tolerance."""
+    n = len(questions.queries)
+    asked = replace(asked, tolerance=asked.tolerance / n)
+    score = by_layer if asked.by == "layer" else by_cell
+    each = [score(asked, query) for query in questions.queries]
+    first = each[0]
+    method: dict[str, Any] = {"score": "log-probability increase", **questions.facts}
+    method["query"] = first.method["query"] if n == 1 else [scores.method["query"] for scores in each]
+    method["scale"] = "own" if asked.own else "final"
+    if not asked.own:
+        factors = [query.readout.scale for query in questions.queries]
+        method["norm_scale"] = factors[0] if n == 1 else factors
+    for name in SUMMED:
+        if name in first.method and (n == 1 or name != "certain"):
+            method[name] = sum(scores.method[name] for scores in each)
+    if "tolerance" in first.method:
+        method["tolerance"] = asked.tolerance * n
+    closure = sum(scores.closure or 0.0 for scores in each)
+    return replace(first, values=torch.stack([scores.values for scores in each]).sum(0), method=method, closure=closure)
+
+
+SUMMED = ("log_prob", "log_prob_of_embedding", "exact", "of", "certified", "certain")
+"""Facts that add up over the tokens of an answer; how many cells are certain to be the highest does not."""
+
+
+def by_layer(asked: Asked, query: Query) -> Scores:
     """Attention and MLP of every layer, exact; they telescope from the embedding to the answer's log-probability."""
+
+    def base(x: Tensor) -> Base:
+        return Base.of(asked.vocabulary, query.readout, x, query.token, asked.own)
+
     values = query.readout.final.new_empty(query.n_layers, 2)
     for layer in range(query.n_layers):
         x, attn, mlp = (query.at(layer, name) for name in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out"))
-        values[layer, 0] = query.readout.increase(attn[None], x, query.token)[0]
-        values[layer, 1] = query.readout.increase(mlp[None], x + attn, query.token)[0]
-    whole = query.readout.log_probs(torch.stack((query.readout.final, query.base(0))))[:, query.token]
-    closure = abs(float(values.sum()) - float(whole[0] - whole[1]))
-    method = {**query.method, "log_prob": float(whole[0]), "log_prob_of_embedding": float(whole[1])}
+        for part, (before, y) in enumerate(((base(x), attn), (base(x + attn), mlp))):
+            values[layer, part] = before.increase(before.moved(y[None]))[0]
+    whole, embedded = base(query.readout.final).log_prob, base(query.base(0)).log_prob
+    closure = abs(float(values.sum()) - (whole - embedded))
+    method = {"query": query.in_prompt, "log_prob": whole, "log_prob_of_embedding": embedded}
+    method |= {"exact": values.numel(), "of": values.numel(), "certified": 0.0}
     return Scores(values, ("layer", "part"), {"part": ("attn", "mlp")}, "nats", method, closure, None)
 
 
-def by_cell(query: Query, by: By, heads: Tensor | None, top_k: int | None) -> Scores:
-    """Heads, or heads × positions: all by the linear form, then the `top_k` largest (None: all) exactly."""
-    linear, closure = screen(query, by)
-    candidates = linear.new_ones(linear.shape, dtype=torch.bool)
-    if heads is not None:
-        candidates &= heads[..., None].to(linear.device)
-    chosen = largest(linear, candidates, top_k)
-    values = torch.where(candidates, linear, 0.0)
-    for layer in range(query.n_layers):
-        cells = chosen[layer].nonzero(as_tuple=True)
-        if len(cells[0]):
-            vectors = vectors_of(query, layer, by, cells)
-            values[layer][cells] = query.readout.increase(vectors, query.base(layer), query.token)
-    method = {**query.method, "exact": int(chosen.sum()), "of": int(candidates.sum())}
+def by_cell(asked: Asked, query: Query) -> Scores:
+    """Heads, heads × positions or neurons: all to first order, then exactly what that does not settle."""
+    by, summed = asked.by, asked.by == "position"
+    screened = Screen.of(query, asked.vocabulary, by, asked.own, asked.enough)
+    candidates = torch.ones_like(screened.linear, dtype=torch.bool)
+    if asked.heads is not None:
+        candidates &= asked.heads[..., None].to(candidates.device)
+    chosen, extra = candidates, {}
+    if not asked.exact and asked.top_k is not None:
+        chosen = largest(screened.linear, candidates, asked.top_k)
+    elif not asked.exact:
+        chosen, extra = to_settle(screened.bound, candidates, asked.tolerance, summed), {"tolerance": asked.tolerance}
+    values = torch.where(candidates, screened.exactly(chosen), 0.0)
+    method = {"query": query.in_prompt, "exact": int(chosen.sum()), "of": int(candidates.sum()), **extra}
+    method["certified"] = left_over(screened.bound, chosen, candidates, summed)
     method["certain"] = certain(values, chosen, candidates)
     if by == "head":
-        return Scores(values[..., 0], ("layer", "head"), {}, "nats", method, closure, None)
+        return Scores(values[..., 0], ("layer", "head"), {}, "nats", method, screened.closure, None)
+    if by == "neuron":
+        return Scores(values[:, 0], ("layer", "neuron"), {}, "nats", method, screened.closure, None)
     roles, axes = query.roles_or_none, ("layer", "head", "position")
-    scores = Scores(values, axes, query.labels, "nats", method, closure, roles)
-    return scores if by == ("head", "position") else scores.sum("layer", "head")
-
-
-def screen(query: Query, by: By) -> tuple[Float[Tensor, "layer head source"], float]:
-    """The linear form of every cell, and how far heads plus bias miss the attention's output (the worst layer)."""
-    layers, misses = [], []
-    for layer in range(query.n_layers):
-        gradient = query.gradient(layer)
-        read = query.W_O(layer) @ gradient
-        linear = einsum(query.mixtures(layer, by), read, "head source d_head, head d_head -> head source")
-        bias = upcast(query.cache.model.blocks[layer].attn.b_O).detach() @ gradient
-        misses.append(abs(float(linear.sum() + bias - query.at(layer, "hook_attn_out") @ gradient)))
-        layers.append(linear)
-    return torch.stack(layers), max(misses)
-
-
-def largest(linear: Tensor, candidates: Tensor, top_k: int | None) -> Bool[Tensor, "layer head source"]:
-    """The cells whose linear form is the largest in absolute value; all candidates for None."""
-    if top_k is None or top_k >= int(candidates.sum()):
-        return candidates
-    if top_k < 0:
-        raise LensError(f"top_k={top_k}; expected 0 or more")
-    order = torch.where(candidates, linear.abs(), -1.0).flatten().topk(top_k).indices
-    return torch.zeros_like(candidates).flatten().index_fill(0, order, True).reshape(candidates.shape)
-
-
-def vectors_of(query: Query, layer: int, by: By, cells: tuple[Tensor, ...]) -> Float[Tensor, "cell d_model"]:
-    """What the cells (heads, sources) of one layer add to the stream."""
-    mixtures, W_O = query.mixtures(layer, by)[cells], query.W_O(layer)
-    out = mixtures.new_empty(len(mixtures), W_O.shape[-1])
-    for head in cells[0].unique():
-        own = cells[0] == head
-        out[own] = mixtures[own] @ W_O[head]
-    return out
-
-
-def certain(values: Tensor, exact: Tensor, candidates: Tensor) -> int:
-    """How many of the highest scores are certainly the highest: exact, and above every bound that is left."""
-    left = values[candidates & ~exact]
-    return int((values[exact] > left.max()).sum()) if len(left) else int(exact.sum())
+    scores = Scores(values, axes, query.labels, "nats", method, screened.closure, roles)
+    return scores.sum("layer", "head") if summed else scores

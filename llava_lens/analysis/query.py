@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from llava_lens.analysis.answers import Word
 from llava_lens.analysis.readout import Readout
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError
@@ -19,7 +20,7 @@ from llava_lens.kernels import repeat_heads, upcast
 from llava_lens.roles import Roles
 
 By = str | tuple[str, ...]
-Answer = int | str | None
+Answer = Word
 
 PER_POSITION = ("blocks.0.hook_resid_pre", "blocks.0.attn.hook_pattern")
 """Entries whose last axis but one counts query positions; each question needs one of them."""
@@ -39,6 +40,8 @@ class Place:
 
         Positions are the prompt's, also where the cache kept only some of them.
         """
+        if isinstance(position, bool) or not isinstance(position, int):
+            raise LensError(f"position {position!r}; expected a whole number, -1 for the last")
         place = cls(cache, row, 0)
         held, roles = place.entry(next(name for name in PER_POSITION if name in cache)).shape[-2], place.roles
         n = held if roles is None else len(roles)
@@ -78,7 +81,7 @@ class Place:
 
     def entry(self, name: str) -> Tensor:
         """This row of a cached entry."""
-        act = self.cache[name]
+        act = self.cache[name].detach()
         return act[self.row] if self.cache.has_batch_dim else act
 
     def at(self, layer: int, name: str) -> Float[Tensor, "*axes"]:
@@ -119,11 +122,11 @@ class Query(Place):
     token: int
 
     @classmethod
-    def asking(cls, cache: LlavaCache, row: int, position: int, answer: Answer, unembed: Tensor) -> Query:
-        """The query of one row; the answer defaults to the model's own choice."""
+    def asking(cls, cache: LlavaCache, row: int, position: int, answer: int | None, unembed: Tensor) -> Query:
+        """The query of one row; the token defaults to the model's own choice."""
         place = Place.of(cache, row, position)
         readout = Readout.of(cache.model, place.at(place.n_layers - 1, "hook_resid_post"), unembed)
-        token = int(readout.logits(readout.final).argmax()) if answer is None else answer_id(cache.model, answer)
+        token = int(readout.logits(readout.final).argmax()) if answer is None else answer
         return cls(cache, row, place.query, readout, token)
 
     def base(self, layer: int) -> Float[Tensor, " d_model"]:
@@ -149,12 +152,16 @@ class Query(Place):
     def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         return upcast(self.cache.model.blocks[layer].attn.W_O).detach()
 
-    @property
-    def method(self) -> dict[str, Any]:
-        """What every result says of itself."""
-        word = self.cache.model.token_string(self.token) if self.cache.model.processor is not None else None
-        facts = {"score": "log-probability increase", "answer": word, "answer_id": self.token}
-        return {**facts, "query": self.in_prompt, "norm_scale": self.readout.scale}
+    def neurons(self, layer: int) -> Float[Tensor, "neuron d_model"]:
+        """What each neuron of a layer's MLP adds to the stream."""
+        out = upcast(self.cache.model.blocks[layer].mlp.W_out).detach()
+        return self.at(layer, "mlp.hook_post")[:, None] * out
+
+    def added(self, layer: int, by: By) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
+        """What a layer's attention adds in all (its MLP by "neuron"), and the bias in it."""
+        block = self.cache.model.blocks[layer]
+        name, bias = ("hook_mlp_out", block.mlp.b_out) if by == "neuron" else ("hook_attn_out", block.attn.b_O)
+        return self.at(layer, name), upcast(bias).detach()
 
 
 def answer_id(model: Any, answer: int | str) -> int:
