@@ -317,7 +317,7 @@ GOOD = MapItem(ITEMS[0].inputs)
         (replace(GOOD, mask=torch.ones(8, 8)), "item 1: a mask of float32; expected booleans"),
         (replace(GOOD, mask=torch.zeros(8, 8, dtype=torch.bool)), "item 1: a mask that touches no patch"),
         (replace(GOOD, contrast=ITEMS[1]), "item 1: its contrast is about another picture"),
-        (replace(GOOD, answer="nosuchword"), rr"item 1: .*nosuchword"),
+        (replace(GOOD, answer="nosuchword"), r"item 1: .*nosuchword"),
         (replace(GOOD, image=1), "item 1: image 1; expected 0 … 0"),
         (replace(GOOD, name="item 0"), "2 items with 1 names"),
     ],
