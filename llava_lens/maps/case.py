@@ -52,7 +52,7 @@ class Case:
     versus: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
-    passes: dict[str, float] = field(default_factory=lambda: {"forward": 0, "backward": 0})
+    passes: dict[str, int] = field(default_factory=lambda: {"forward": 0, "backward": 0})
     number: int = 0
     seed: int = 0
     progress: bool = False
@@ -152,7 +152,7 @@ class Case:
             self.count(forward=1)
             return self.measure(self.model(self.inputs, logits_to_keep=1)[:, -1])
 
-    def count(self, forward: float = 0, backward: float = 0) -> None:
+    def count(self, forward: int = 0, backward: int = 0) -> None:
         """Note runs that were made."""
         self.passes["forward"] += forward
         self.passes["backward"] += backward

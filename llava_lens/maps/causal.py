@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -26,9 +26,9 @@ from llava_lens.sweep.metrics import Metric, log_prob, logit_diff, prob
 def causal_tracing(
     case: Case,
     *,
-    layer: int | Sequence[int] | Literal["mean"] = 0,
+    layer: int | Sequence[int] | str = 0,
     restore: str = "resid_pre",
-    sigma: float = 3.0,
+    sigma: int | float = 3.0,
     repeats: int = 10,
     corruption: Corruption | None = None,
 ) -> Float[Tensor, " patch"]:
@@ -49,7 +49,8 @@ def causal_tracing(
     said = found.method
     draws = said.get("repeats", 1)
     controls = draws * min(N_FLOORS, said["ran"] // draws)
-    case.count(forward=1 + draws + said["ran"] + controls)
+    clean = 1 if said["path"] == "shortened runs" else draws  # full passes share nothing between repeats
+    case.count(forward=clean + draws + said["ran"] + controls)
     case.notes |= {name: said[name] for name in ("corruption", "path", "noise_floor")}
     case.notes |= {f"{metric.kind}_{name}": said[name] for name in ("clean", "corrupt")}
     return (found.values - said["baseline"]).mean(0).flatten()

@@ -7,15 +7,14 @@ second answer all increases are exact at once, because the difference of two is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.attribution import log_prob_increase, names_for
-from llava_lens.analysis.explanation import TOP_CELLS
+from llava_lens.analysis.attribution import TOLERANCE, log_prob_increase, names_for
 from llava_lens.analysis.query import Place
 from llava_lens.analysis.where import layers_of
 from llava_lens.cache import LlavaCache
@@ -63,19 +62,26 @@ def dla(case: Case) -> Float[Tensor, " patch"]:
     return logit_cells(case, glance(case)).sum((0, 1))[case.patches]
 
 
-def lpi(case: Case, *, top_k: int = TOP_CELLS, exact: bool = False) -> Float[Tensor, " patch"]:
-    """The log-probability increase of each patch, summed over all heads; the `top_k` largest cells exactly."""
+def lpi(
+    case: Case, *, exact: bool = False, tolerance: int | float = TOLERANCE, top_k: int | None = None
+) -> Float[Tensor, " patch"]:
+    """The log-probability increase of each patch, summed over all heads; `log_prob_increase` says what the options do.
+
+    The notes say how many cells (head × position) are exact.
+    """
     if case.versus is not None:
         case.notes["increase"] = SAME
         return dla(case)
-    return increases(case, glance(case), None, top_k, exact)
+    return increases(case, glance(case), exact=exact, tolerance=tolerance, top_k=top_k)
 
 
-def lpi_top(case: Case, *, k: int = 1, top_k: int = TOP_CELLS) -> Float[Tensor, " patch"]:
+def lpi_top(
+    case: Case, *, k: int = 1, exact: bool = False, tolerance: int | float = TOLERANCE
+) -> Float[Tensor, " patch"]:
     """The increase of each patch through the `k` heads with the highest increase; the paper draws one."""
-    heads = case.model.cfg.n_layers * case.model.cfg.n_heads
-    if not 1 <= k <= heads:
-        raise LensError(f"k={k}; expected 1 … {heads} heads")
+    n = case.model.cfg.n_layers * case.model.cfg.n_heads
+    if not 1 <= k <= n:
+        raise LensError(f"k={k}; expected 1 … {n} heads")
     run = glance(case)
     if case.versus is not None:
         cells = logit_cells(case, run)
@@ -84,18 +90,17 @@ def lpi_top(case: Case, *, k: int = 1, top_k: int = TOP_CELLS) -> Float[Tensor, 
         return cells.flatten(0, 1)[order].sum(0)[case.patches]
     top = log_prob_increase(run.cache, case.token, "head", exact=True).top(k)
     case.notes["heads"] = [list(entry.place) for entry in top]
-    return increases(case, run, [(entry.place[0], entry.place[1]) for entry in top], top_k, False)
+    heads = [(entry.place[0], entry.place[1]) for entry in top]
+    return increases(case, run, heads=heads, exact=exact, tolerance=tolerance)
 
 
 SAME = "the difference of two increases is that of the logits"
 """Why no increase is computed where there is a second answer."""
 
 
-def increases(
-    case: Case, run: Glance, heads: list[tuple[int, int]] | None, top_k: int, exact: bool
-) -> Float[Tensor, " patch"]:
-    """The increase of each patch, summed over some heads."""
-    found = log_prob_increase(run.cache, case.token, "position", heads=heads, top_k=top_k, exact=exact)
+def increases(case: Case, run: Glance, **how: Any) -> Float[Tensor, " patch"]:
+    """The increase of each patch, summed over heads."""
+    found = log_prob_increase(run.cache, case.token, "position", **how)
     case.closure = found.closure
     case.notes |= {"exact_cells": found.method["exact"], "cells": found.method["of"]}
     return found.values[case.patches]
@@ -120,15 +125,15 @@ def logit_cells(case: Case, run: Glance) -> Float[Tensor, "layer head source"]:
     return torch.stack(layers)
 
 
-def logit_lens(case: Case, *, layer: int | Literal["best", "mean"] = "best") -> Float[Tensor, " patch"]:
+def logit_lens(case: Case, *, layer: int | str = "best") -> Float[Tensor, " patch"]:
     """The answer's probability read from each patch's own stream behind a layer, through the final norm.
 
     "best" is the highest of all layers, "mean" their mean. With a second answer it is the difference of logits.
     """
     n = case.model.cfg.n_layers
-    layers = list(range(n)) if layer in ("best", "mean") else layers_of(layer, n)
     if isinstance(layer, str) and layer not in ("best", "mean"):
         raise LensError(f"layer={layer!r}; expected a layer, 'best' or 'mean'")
+    layers = layers_of(None if isinstance(layer, str) else layer, n)
     gain, unembed = upcast(case.model.ln_final.w).detach(), upcast(case.model.unembed.weight).detach()
     found: list[Tensor] = []
 

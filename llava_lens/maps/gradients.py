@@ -6,7 +6,6 @@ Unusual: attributions along the way must add up to what the whole picture change
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from einops import rearrange, reduce
@@ -20,13 +19,12 @@ from llava_lens.kernels import upcast
 from llava_lens.maps.case import MAX_BYTES, Case
 from llava_lens.maps.masking import masked_pictures, masked_streams
 
-At = Literal["pixels", "embedding"]
 Places = Float[Tensor, "run ..."]
 ALL_GRAPHS = 16
 """A batch of runs on the graph may take this many times what one without it may: its activations are its purpose."""
 
 
-def gradient(case: Case, *, at: At = "pixels") -> Float[Tensor, " patch"]:
+def gradient(case: Case, *, at: str = "pixels") -> Float[Tensor, " patch"]:
     """Gradient × input, summed over each patch: over its pixel values, or over its image token's entries."""
     x, _ = ends(case, at)
     grads, _ = slopes(case, at, upcast(x), upcast(x), torch.ones(1), MAX_BYTES)
@@ -35,7 +33,7 @@ def gradient(case: Case, *, at: At = "pixels") -> Float[Tensor, " patch"]:
 
 
 def integrated_gradients(
-    case: Case, *, at: At = "pixels", steps: int = 64, max_bytes: int = MAX_BYTES
+    case: Case, *, at: str = "pixels", steps: int = 64, max_bytes: int = MAX_BYTES
 ) -> Float[Tensor, " patch"]:
     """`(x − x') · ∫ ∇f(x' + α (x − x')) dα`, summed over each patch (arXiv 1703.01365, eq. 1), in `steps` midpoints.
 

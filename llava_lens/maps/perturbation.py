@@ -36,7 +36,7 @@ def rise(
     *,
     n: int = 1000,
     cell: int | None = None,
-    keep: float = 0.5,
+    keep: int | float = 0.5,
     operator: str = "embedding",
     max_bytes: int = MAX_BYTES,
 ) -> Float[Tensor, " patch"]:
@@ -59,7 +59,7 @@ def rise(
 
 
 def random_masks(
-    grid: tuple[int, int], n: int, cell: int, keep: float, generator: torch.Generator
+    grid: tuple[int, int], n: int, cell: int, keep: int | float, generator: torch.Generator
 ) -> Bool[Tensor, "mask patch"]:
     """Cells of patches kept at random, each mask with a shift of its own; any patch stays with probability `keep`."""
     cells = [length // cell + 2 for length in grid]

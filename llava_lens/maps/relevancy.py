@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,11 +19,10 @@ from llava_lens.errors import LensError
 from llava_lens.kernels import upcast
 from llava_lens.maps.case import Case
 
-Through = Literal["decoder", "tower", "both"]
 THROUGH = ("decoder", "tower", "both")
 
 
-def relevancy(case: Case, *, through: Through = "decoder") -> Float[Tensor, " patch"]:
+def relevancy(case: Case, *, through: str = "decoder") -> Float[Tensor, " patch"]:
     """`R ← R + mean_h relu(∇A ∘ A) R` from `R = I`, with `∇A` the answer's logit's (arXiv 2103.15679, eqs. 5 and 6).
 
     "decoder": the last position's row at the image tokens. "tower": the tower's rows, averaged over the image tokens
