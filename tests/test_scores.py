@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from html.parser import HTMLParser
 from typing import Any
 
 import pytest
@@ -298,3 +299,67 @@ def test_effects_are_taken_against_the_baseline():
 def test_the_largest_either_way():
     scores = Scores(torch.tensor([1.0, -3.0, float("nan"), 2.0]), ("layer",))
     assert [entry.value for entry in scores.top(2, absolute=True)] == [-3.0, 2.0]
+
+
+# ---- labels, and notebooks
+
+
+def test_places_are_found_by_their_labels() -> None:
+    values = torch.arange(6.0).reshape(2, 3)
+    scores = Scores(values, ("layer", "part"), {"layer": (3, 8), "part": ("attn", "mlp", "attn")}, "nats")
+    assert torch.equal(scores[{"part": "mlp"}].values, values[:, 1])
+    assert torch.equal(scores.sel(layer=8).values, values[1]) and float(scores.sel(layer=3, part="mlp").values) == 1
+    assert torch.equal(scores[{"layer": 1}].values, scores.sel(layer=8).values), "a number in [] counts places"
+    with pytest.raises(LensError, match=r"part 'mpl' is not there; nearest: 'mlp'"):
+        scores[{"part": "mpl"}]
+    with pytest.raises(LensError, match=r"part 'attn' is the name of 2 places, \[0, 2\]; take one by its number"):
+        scores[{"part": "attn"}]
+    with pytest.raises(LensError, match="layer 5 is not there"):
+        scores.sel(layer=5)
+    with pytest.raises(LensError, match="no axis 'head'"):
+        scores.sel(head=1)
+    rows = Scores(values, ("batch", "position"), {"batch": ("a", "b")}, roles=(ROLES, OTHER))
+    assert rows[{"batch": "b"}].roles == (OTHER,)
+
+
+class Read(HTMLParser):
+    """The cells of a grid and of a table, and every tag."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.cells: list[tuple[str, str]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag == "i":
+            facts = dict(attrs)
+            self.cells.append((facts["title"] or "", facts["style"] or ""))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_a_notebook_shows_signed_cells_and_text_stays_text() -> None:
+    values = torch.tensor([[1.0, -0.5], [0.0, math.nan]])
+    labels = {"head": ("<script>alert(1)</script>", 'say "hi"')}
+    scores = Scores(values, ("layer", "head"), labels, "nats", {"answer": "<b>red"})
+    read = Read(scores._repr_html_())
+    assert "script" not in read.tags and "b" not in read.tags
+    assert any("<script>alert(1)</script>" in word for word in read.words)
+    told = {title: style for title, style in read.cells}
+    assert next(iter(told)).startswith("layer 1"), "layer counts from the bottom, so the last comes first"
+    one = next(style for title, style in told.items() if title.endswith("+1 nats"))
+    half = next(style for title, style in told.items() if title.endswith("-0.5 nats"))
+    zero = next(style for title, style in told.items() if title.endswith("+0 nats"))
+    assert "rgba(178,24,43,1.00)" in one and "rgba(33,102,172,0.50)" in half and ",0.00)" in zero
+    assert "nan" in next(t for t in told if 'say "hi"' in t and t.startswith("layer 1"))
+
+
+def test_a_notebook_shows_no_grid_of_what_is_large_or_has_other_axes() -> None:
+    for shape, axes in (((3, 200), ("layer", "position")), ((4,), ("layer",)), ((), ())):
+        read = Read(Scores(torch.rand(shape), axes)._repr_html_())
+        assert read.cells == [] and "table" in read.tags
+    assert Read(Scores(torch.zeros(2, 0), ("layer", "head"))._repr_html_()).cells == []

@@ -18,7 +18,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from llava_lens.analysis import combine
-from llava_lens.analysis.tables import frame, shown
+from llava_lens.analysis.tables import frame, shown, shown_as_html
 from llava_lens.errors import LensError, nearest
 from llava_lens.roles import Roles
 
@@ -93,10 +93,35 @@ class Scores:
         """The labels along an axis."""
         return self.labels.get(axis) or tuple(range(self.length(axis)))
 
-    def __getitem__(self, places: Mapping[str, int | slice]) -> Scores:
-        """The scores at the given places, by axis: `scores[{"layer": 3, "head": slice(0, 2)}]`."""
+    def place_of(self, axis: str, label: Label) -> int:
+        """Where a label stands along an axis; raises `LensError` for none and for several places of that name."""
+        labels = self.labels_of(axis)
+        found = [i for i, each in enumerate(labels) if each == label]
+        if len(found) != 1:
+            near = nearest(str(label), [str(each) for each in labels])
+            many = f"is the name of {len(found)} places, {found}; take one by its number"
+            raise LensError(f"{axis} {label!r} {many if found else f'is not there{near}'}")
+        return found[0]
+
+    def sel(self, **labels: Label) -> Scores:
+        """The scores at the places with these labels, by axis; raises `LensError` as `place_of` does.
+
+        >>> Scores(torch.tensor([1.0, 2.0]), ("layer",), {"layer": (3, 8)}).sel(layer=8).values
+        tensor(2.)
+        """
+        return self[{axis: self.place_of(axis, label) for axis, label in labels.items()}]
+
+    def __getitem__(self, places: Mapping[str, int | slice | str]) -> Scores:
+        """The scores at the given places, by axis: `scores[{"layer": 3, "head": slice(0, 2)}]`.
+
+        A number counts places, a string is a label: `scores[{"part": "mlp"}]`; `sel` takes numbers as labels too.
+        """
         if not isinstance(places, Mapping):
             raise LensError(f"{places!r}; expected places by axis, {{{self.axes[0] if self.axes else 'axis'!r}: 0}}")
+        at = {axis: self.place_of(axis, each) if isinstance(each, str) else each for axis, each in places.items()}
+        return self._at(at)
+
+    def _at(self, places: Mapping[str, int | slice]) -> Scores:
         index: list[int | slice] = [slice(None)] * len(self.axes)
         labels = {axis: self.labels_of(axis) for axis in self.labels}
         for axis, place in places.items():
@@ -251,6 +276,9 @@ class Scores:
 
     def __repr__(self) -> str:
         return shown(self)
+
+    def _repr_html_(self) -> str:
+        return shown_as_html(self)
 
 
 def _plain(values: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Scores as tables: the few lines that they print, and a pandas frame of all of them."""
+"""Scores as tables: the few lines that they print or show in a notebook, and a pandas frame of all of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from llava_lens.analysis import markup
 from llava_lens.errors import LensError
 
 if TYPE_CHECKING:
@@ -19,14 +20,30 @@ LONGEST = 4
 
 def shown(scores: Scores) -> str:
     """A head line with axes, unit and method, and the highest scores with their intervals."""
+    columns, rows = _highest(scores)
+    alone = " ".join(rows[0]) if not scores.axes else ""
+    closes = "" if scores.closure is None else f"\nthe sum closes to {scores.closure:.1e} {scores.unit}".rstrip()
+    return f"{_head(scores)}\n{alone or _table([columns, *rows])}{closes}"
+
+
+def shown_as_html(scores: Scores) -> str:
+    """The same for a notebook, with the cells of a grid that is not too large."""
+    return markup.shown(scores, _head(scores), *_highest(scores))
+
+
+def _head(scores: Scores) -> str:
     shape = " × ".join(f"{axis} {size}" for axis, size in zip(scores.axes, scores.values.shape, strict=True))
     said = ", ".join(f"{key} {_brief(value)}" for key, value in scores.method.items())
-    head = f"Scores[{shape}]" + (f" in {scores.unit}" if scores.unit else "") + (f": {said}" if said else "")
-    rows = [(*map(str, entry.labels), f"{entry.value:+.4g}", *_interval(scores, entry)) for entry in scores.top(SHOWN)]
+    return f"Scores[{shape}]" + (f" in {scores.unit}" if scores.unit else "") + (f": {said}" if said else "")
+
+
+def _highest(scores: Scores) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Names of the columns, and the highest scores with their labels and intervals; a number alone as it is."""
+    if not scores.axes:
+        return ("score",), [(f"{float(scores.values):+.4g}", *_interval(scores, None))]
     columns = (*scores.axes, "score", *(() if scores.low is None else ("95 %",)))
-    alone = " ".join((f"{float(scores.values):+.4g}", *_interval(scores, None))) if not scores.axes else ""
-    closes = "" if scores.closure is None else f"\nthe sum closes to {scores.closure:.1e} {scores.unit}".rstrip()
-    return f"{head}\n{alone or _table([columns, *rows])}{closes}"
+    top = scores.top(SHOWN)
+    return columns, [(*map(str, each.labels), f"{each.value:+.4g}", *_interval(scores, each)) for each in top]
 
 
 def frame(scores: Scores) -> Any:
