@@ -20,7 +20,7 @@ from llava_lens.analysis.scores import Scores
 from llava_lens.analysis.study import read, row_of
 from llava_lens.errors import LensError, nearest
 from llava_lens.kernels import upcast
-from llava_lens.maps import attention, causal, direct, floors, gradients, perturbation, relevancy
+from llava_lens.maps import attention, causal, direct, floors, flow, gradients, perturbation, relevancy
 from llava_lens.maps.case import Case
 
 SCORE = "score"
@@ -87,6 +87,13 @@ METHODS: dict[str, Method] = {
     "causal_tracing": Method(
         causal.causal_tracing, "what the patch's clean state brings back in a noisy run", "arXiv 2202.05262",
         "probability", True, "logits",
+    ),
+    "value_path": Method(
+        flow.value_path, "what each patch moves towards the answer's logit through all layers' values",
+        "arXiv 2402.05602", "logits",
+    ),
+    "flow": Method(
+        flow.flow, "value paths of the whole and the dimmed picture, their geometric mean", "", "", False
     ),
     "attribution_patching": Method(
         causal.attribution_patching, "gradient × (clean − corrupt) at the image token", "arXiv 2403.00745"

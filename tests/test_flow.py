@@ -1,0 +1,98 @@
+"""The value path against gradients carried back by hand, and flow on the embedded model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from brute_force import hooked, inputs_of
+from torch import Tensor
+
+from llava_lens import HookedLlava
+from llava_lens.errors import LensError
+from llava_lens.maps import Case, importance_map
+from llava_lens.maps.flow import aim, held, pull
+from llava_lens.tiny import questions, render_scene
+
+TOKEN, OTHER = 11, 42
+
+
+def case_of(odd: str, versus: int | None = None) -> Case:
+    model = hooked(odd)
+    return Case.of(model, inputs_of(model, odd, (1,), None), TOKEN, versus)
+
+
+def by_hand(case: Case) -> Tensor:
+    """`<gradient, token>` of every position, from the top down without autograd: `[pos]`, float64."""
+    model: Any = case.model
+    with torch.no_grad():
+        _, cache = model.run_with_cache(case.inputs)
+        direction = model.unembed.weight[case.token] - (0 if case.versus is None else model.unembed.weight[case.versus])
+        at = torch.zeros_like(cache["resid_pre", 0][0])
+        at[-1] = direction * model.ln_final.weight / cache["ln_final.hook_scale"][0, -1]
+        for layer in reversed(range(model.cfg.n_layers)):
+            block, mlp = model.blocks[layer], model.blocks[layer].mlp
+            pre, linear = cache["pre", layer][0], cache["pre_linear", layer][0]
+            at_post = at @ mlp.W_out.T
+            at_pre = at_post * linear * mlp.act(pre) / pre / 2
+            into = at_pre @ mlp.W_gate.T + (at_post * mlp.act(pre) / 2) @ mlp.W_in.T
+            at = at + into * block.ln2.weight / cache["scale", layer, "ln2"][0]
+            pattern, share = cache["pattern", layer][0], model.cfg.n_heads // model.cfg.n_key_value_heads
+            into = torch.zeros_like(at)
+            for head in range(model.cfg.n_heads):
+                at_v = pattern[head].T @ (at @ block.attn.W_O[head].T)
+                into += at_v @ block.attn.W_V[head // share].T
+            at = at + into * block.ln1.weight / cache["scale", layer, "ln1"][0]
+        return (at * cache["resid_pre", 0][0]).sum(-1)
+
+
+@pytest.mark.parametrize(
+    "odd", ["plain", "grouped", "wide_grouped_heads", "attention_bias", "mlp_bias", "gelu_decoder"]
+)
+@pytest.mark.parametrize("versus", [None, OTHER])
+def test_the_value_path_is_the_gradient_carried_back_by_hand(odd: str, versus: int | None):
+    case = case_of(odd, versus)
+    ours = pull(case, case.stream, lambda logits: aim(case, logits))
+    torch.testing.assert_close(ours, by_hand(case), rtol=1e-9, atol=1e-10)
+    found = importance_map(case.model, case.inputs, "value_path", TOKEN, versus)
+    assert found.unit == "logits" and found.method["passes"] == {"forward": 1, "backward": 1}
+    torch.testing.assert_close(found.values.flatten(), ours[case.patches], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("odd", ["plain", "grouped", "wide_heads"])
+def test_over_all_positions_it_adds_up_to_the_logit_where_there_are_no_biases(odd: str):
+    case = case_of(odd)
+    total = pull(case, case.stream, lambda logits: aim(case, logits)).sum()
+    logit = case.model(case.inputs)[0, -1, TOKEN]
+    torch.testing.assert_close(total, logit, rtol=1e-9, atol=1e-10)
+
+
+def test_what_is_held_changes_no_logit():
+    case = case_of("grouped")
+    with torch.no_grad(), case.model.hooks(fwd_hooks=held(case.model)):
+        logits = case.model(case.inputs)
+    torch.testing.assert_close(logits, case.model(case.inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_flow_takes_two_passes_each_way_and_finds_the_object_that_is_asked_about():
+    model, landed = HookedLlava.tiny(), []
+    for seed in range(2_000_000, 2_000_016):
+        scene = render_scene(seed)
+        for question in questions(scene):
+            if question.kind == "color" and question.about:
+                inputs = model.prepare(question.text, scene.image)
+                found = importance_map(model, inputs, "flow")
+                assert found.method["passes"] == {"forward": 2, "backward": 2}
+                assert float(found.values.min()) >= 0 and 0 < float(found.values.sum()) <= 1 + 1e-6
+                mask = inputs.roles_of().patches_of_mask(scene.objects[question.about[0]].mask)
+                landed.append(bool(mask[found.top(1)[0].place]))
+                break
+    assert len(landed) >= 10 and sum(landed) >= len(landed) - 1
+
+
+@pytest.mark.parametrize("dim", [0.0, -1.0, 1.5, float("nan")])
+def test_a_share_outside_its_range_is_refused(dim: float):
+    case = case_of("plain")
+    with pytest.raises(LensError, match=r"dim=.*expected more than 0, up to 1"):
+        importance_map(case.model, case.inputs, "flow", TOKEN, dim=dim)
