@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from llava_lens.analysis.answers import Several, predicted_at, tokens_of, told
+from llava_lens.analysis.answers import Several, Word, predicted_at, tokens_of, told
 from llava_lens.analysis.cells import Screen, certain, largest, left_over, to_settle
 from llava_lens.analysis.cells import screen as screen
 from llava_lens.analysis.increase import Base, Vocabulary
-from llava_lens.analysis.query import Answer, By, Place, Query
+from llava_lens.analysis.query import By, Place, Query
 from llava_lens.analysis.scores import Scores, stacked
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError, nearest
@@ -61,7 +61,7 @@ def names_for(model: Any, *by: By) -> list[str]:
 
 def log_prob_increase(
     cache: LlavaCache,
-    answer: Answer = None,
+    answer: Word = None,
     by: By = "layer",
     position: int = -1,
     *,
@@ -231,9 +231,7 @@ class Questions:
     facts: dict[str, Any]
 
 
-def questions(
-    cache: LlavaCache, row: int, position: int, answer: Answer, several: Several, unembed: Tensor
-) -> Questions:
+def questions(cache: LlavaCache, row: int, position: int, answer: Word, several: Several, unembed: Tensor) -> Questions:
     """Where each token of an answer is asked about in one row."""
     model = cache.model
     if answer is None:

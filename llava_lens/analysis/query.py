@@ -6,13 +6,11 @@ Unusual: everything is read from cached entries, in float32 or better, whatever 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.answers import Word
 from llava_lens.analysis.readout import Readout
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError
@@ -20,7 +18,6 @@ from llava_lens.kernels import repeat_heads, upcast
 from llava_lens.roles import Roles
 
 By = str | tuple[str, ...]
-Answer = Word
 
 PER_POSITION = ("blocks.0.hook_resid_pre", "blocks.0.attn.hook_pattern")
 """Entries whose last axis but one counts query positions; each question needs one of them."""
@@ -162,12 +159,3 @@ class Query(Place):
         block = self.cache.model.blocks[layer]
         name, bias = ("hook_mlp_out", block.mlp.b_out) if by == "neuron" else ("hook_attn_out", block.attn.b_O)
         return self.at(layer, name), upcast(bias).detach()
-
-
-def answer_id(model: Any, answer: int | str) -> int:
-    """The token of an answer; raises `LensError` for a string of several tokens and an id outside the vocabulary."""
-    if isinstance(answer, str):
-        return model.to_single_token(answer)
-    if not 0 <= answer < model.cfg.d_vocab:
-        raise LensError(f"answer {answer}; expected a token id, 0 … {model.cfg.d_vocab - 1}")
-    return answer
