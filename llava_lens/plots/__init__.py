@@ -6,6 +6,7 @@ nothing, no display is needed and no global figure is touched.
 
 from llava_lens.plots.canvas import new_figure, png
 from llava_lens.plots.charts import curves, grid, heads_map, plot
+from llava_lens.plots.lenses import lens_grid, words_over_image
 from llava_lens.plots.pictures import explanation_figure, explanation_png, overlay
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "explanation_png",
     "grid",
     "heads_map",
+    "lens_grid",
     "new_figure",
     "overlay",
     "plot",
     "png",
+    "words_over_image",
 ]
