@@ -22,6 +22,9 @@ from benchmarks.rows import machine
 from llava_lens import HookedLlava
 from llava_lens.maps.evaluate import MapItem, MapReport, Way, evaluate_maps
 from llava_lens.maps.importance import METHODS
+from llava_lens.maps.masking import OPERATORS
+from llava_lens.maps.report import ARROWS, markdown
+from llava_lens.maps.scoring import better
 from llava_lens.tiny import questions, render_scene
 from llava_lens.tiny.questions import Question
 from llava_lens.tiny.scenes import Scene
@@ -144,11 +147,60 @@ def summary(report: MapReport) -> dict[str, Any]:
         **{f"to_best_{name}": numbers(getattr(to_best, part)) for name, part in zip(MEANS, PARTS, strict=True)},
         "chance": numbers(report.chances.values),
         "costs": numbers(report.cost.values),
-        "table": report.table(),
     }
 
 
 MEANS, PARTS = ("mean", "low", "high"), ("values", "low", "high")
+
+
+OF_OPERATORS = ("deletion", "insertion", "comprehensiveness@0.1", "sufficiency@0.1", "flips@0.1", "occlusion")
+OF_MASKS = ("pointing", "energy", "contrast_pointing", "contrast_moved", "contrast_correlation", "randomised_size")
+
+
+def text(found: dict[str, Any]) -> str:
+    """The numbers to read, as markdown: for each set its counts and its main measures, then what a map costs."""
+    parts = []
+    for name, each in found["sets"].items():
+        counts = ", ".join(f"{count} {what}" for what, count in each["counts"].items())
+        parts += [f"### {name.replace('_', ' ').capitalize()}", f"{each['about'].capitalize()}. {counts}."]
+        if "mean" in each:
+            groups = [[f"{one}/{operator}" for one in OF_OPERATORS] for operator in OPERATORS]
+            parts += [table(each, names) for names in (*groups, OF_MASKS)]
+    held_out, facts = found["sets"]["held_out"], found["machine"]
+    rows = [
+        [method, *("?" if v is None else f"{v * by:.4g}" for v, by in zip(costs, (1, 1, 1e3, 2**-20), strict=True))]
+        for method, costs in zip(held_out["methods"], held_out["costs"], strict=True)
+    ]
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    return "\n\n".join(
+        [
+            *parts,
+            "### Cost of one map",
+            markdown([["method", "forward", "backward", "milliseconds", "peak MiB"], *rows]),
+            f"{facts['device']}; {facts['cpu']}, {facts['threads']} threads; {versions}; {facts['date']}. Peak: "
+            f"{facts['peak_bytes']}. Median time of one map after a warm-up.",
+        ]
+    )
+
+
+def table(each: dict[str, Any], names: Sequence[str]) -> str:
+    """Means with their 95 % intervals; bold where the paired difference to the best holds 0."""
+    places = [(each["measures"].index(name), name) for name in names if each["n"].get(name)]
+    body = [["items", *(str(each["n"][name]) for _, name in places)]]
+    for m, method in enumerate(each["methods"]):
+        row = [method]
+        for i, _ in places:
+            mean, low, high, below, above = (
+                each[part][m][i] for part in ("mean", "low", "high", "to_best_low", "to_best_high")
+            )
+            level = below is not None and below <= 0 <= above
+            shown = "" if mean is None else f"**{mean:.3f}**" if level else f"{mean:.3f}"
+            row.append(shown if low is None else f"{shown} [{low:.3f}, {high:.3f}]")
+        body.append(row)
+    chances = [each["chance"][i] for i, _ in places]
+    if any(level is not None for level in chances):
+        body.append(["chance", *("" if level is None else f"{level:.3f}" for level in chances)])
+    return markdown([["method", *(f"{name} {ARROWS[better(name)]}" for _, name in places)], *body])
 
 
 def numbers(values: Tensor) -> Any:
@@ -166,15 +218,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line, on one thread."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.maps", description=__doc__)
     parser.add_argument("--scenes", type=int, default=200, help="held-out scenes")
-    parser.add_argument("--quick", action="store_true", help="4 scenes, 2 items of the other sets: does it work?")
+    parser.add_argument("--quick", action="store_true", help="2 scenes: does everything work?")
     parser.add_argument("--json", metavar="FILE", help="write the summary there")
     parser.add_argument("--work", metavar="FOLDER", help="keep finished items there, and go on from them")
     given = parser.parse_args(argv)
-    n, few, contrasts, sanity = (4, 2, 2, 1) if given.quick else (given.scenes, FEW, CONTRASTS, SANITY)
+    n, sanity = (2, 1) if given.quick else (given.scenes, SANITY)
+    few = min(n, FEW)
     torch.set_num_threads(1)
+    if given.work:
+        Path(given.work).mkdir(parents=True, exist_ok=True)
     model = HookedLlava.tiny()
     sets = {
-        "held_out": (held_out(model, n, contrasts), {"scenes": n}),
+        "held_out": (held_out(model, n, CONTRASTS), {"scenes": n}),
         "wrong": gathered(wrong(model), few, "looking for wrong answers"),
         "absent": gathered(absent(model), few, "asking for what is not there"),
     }
@@ -195,9 +250,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             **SETTINGS,
         )
         found["sets"][name] = {"about": ABOUT[name], "counts": counts, **summary(report)}
-        print(f"\n{name}: {ABOUT[name]}; {counts}\n\n{report.table()}\n", flush=True)
         if given.json:
             Path(given.json).write_text(json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    print(text(found))
     return 0
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,11 @@ from llava_lens.maps.case import Case, Runs
 from llava_lens.maps.evaluate import MapItem, MapReport, evaluate_maps, labelled
 from llava_lens.maps.masking import Masking
 from llava_lens.tiny import questions, render_scene
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import maps
+from benchmarks.rows import machine
 
 MODEL = HookedLlava.tiny()
 QUICK = {"steps": 2, "k": (0.1,), "progress": False}
@@ -364,3 +371,43 @@ def test_methods_and_operators_are_checked_before_anything_runs():
         evaluate_maps(MODEL, ITEMS, ["random"], operators=("pixl",))
     with pytest.raises(LensError, match="0 items with 0 names"):
         evaluate_maps(MODEL, [], ["random"])
+
+
+# ---- the run on held-out scenes
+
+
+def test_the_benchmarks_page_says_what_the_report_says(report):
+    counts = {"scenes": 2}
+    found = {
+        "machine": machine("cpu"),
+        "sets": {"held_out": {"about": "two scenes", "counts": counts, **maps.summary(report)}},
+    }
+    page = maps.text(json.loads(json.dumps(found, allow_nan=False)))
+    assert "### Held out\n\nTwo scenes. 2 scenes." in page
+    row = next(line for line in page.splitlines() if line.startswith("| attention") and "[" in line)
+    low, high = ends(report.means)
+    at = report.methods.index("attention"), report.measures.index("deletion/pixel")
+    assert f"{float(report.means.values[at]):.3f}" in row and f"[{float(low[at]):.3f}, {float(high[at]):.3f}]" in row
+    assert page.count("| chance") == 4  # for each operator's occlusion, and for the masks
+
+
+def test_held_out_items_ask_for_one_object_and_then_for_another():
+    items = maps.held_out(MODEL, 3, 1)
+    assert [item.contrast is not None for item in items] == [True, False, False]
+    first, second = items[0], items[0].contrast
+    assert second is not None and not (first.mask & second.mask).any()
+    assert first.mask.any() and torch.equal(first.inputs.pixels, second.inputs.pixels)
+    assert len({item.name for item in items}) == 3
+
+
+def test_sets_of_wrong_answers_and_of_traps_say_how_many_were_asked(monkeypatch):
+    monkeypatch.setattr(maps, "answer", lambda model, text, scene: scene.objects[0].color)
+    items, counts = maps.gathered(maps.absent(MODEL), 2, "")
+    assert counts == {"scenes": 2, "asked": 2, "found": 2} and len(items) == 2
+    first = render_scene(maps.FIRST["absent"])
+    same = [torch.from_numpy(thing.mask) for thing in first.objects if thing.color == first.objects[0].color]
+    assert torch.equal(items[0].mask, torch.stack(same).any(0))
+    items, counts = maps.gathered(maps.wrong(MODEL), 1, "")
+    asked = [question for question in questions(render_scene(maps.FIRST["wrong"])) if question.about]
+    right = sum(question.answer == render_scene(maps.FIRST["wrong"]).objects[0].color for question in asked)
+    assert counts == {"scenes": 1, "asked": len(asked), "found": len(asked) - right} and len(items) == 1
