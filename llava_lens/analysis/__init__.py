@@ -17,6 +17,7 @@ from llava_lens.analysis.patch import back_patch, patch
 from llava_lens.analysis.paths import path_patch
 from llava_lens.analysis.scores import Entry, Scores, stacked
 from llava_lens.analysis.steer import generate_with, run_with_edits, steer, steering, steering_vector
+from llava_lens.analysis.tower import tower_attribution
 from llava_lens.analysis.trace import causal_trace
 from llava_lens.analysis.where import Patches
 from llava_lens.analysis.words import Lens
@@ -27,6 +28,6 @@ __all__ = [
     "direct_logit_attribution", "edge_attribution", "explain", "generate_with", "head_output", "head_query_neurons",
     "key_input", "kl", "knock_out", "log_prob", "log_prob_increase", "logit", "logit_diff", "logit_lens",
     "mean_attention", "names_for", "names_for_lens", "patch", "path_patch", "prob", "query_neurons", "recovery",
-    "run_with_edits", "stacked", "steer", "steering", "steering_vector", "tower_lens",
+    "run_with_edits", "stacked", "steer", "steering", "steering_vector", "tower_attribution", "tower_lens",
     "value_input", "value_neurons", "visual_words",
 ]  # fmt: skip

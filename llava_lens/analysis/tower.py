@@ -1,0 +1,196 @@
+"""The account of an answer continued through the projector and the vision tower, back to heads and patches of CLIP.
+
+Unusual: whatever is not linear is held at what the run observed (decoder patterns and norm scales, the projector's
+activation as the factor `post / pre`), so every sum closes; no derivative is taken.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llava_lens.analysis.account import Answers, Asked, attribution_names, beside, need, rebuilt
+from llava_lens.analysis.answers import Several
+from llava_lens.analysis.attribution import joined, rows_of
+from llava_lens.analysis.direct import Rest, component_names
+from llava_lens.analysis.features import Features, Picture, by_all_paths, directly, read_by_heads, same_stream
+from llava_lens.analysis.scores import Scores
+from llava_lens.cache import LlavaCache
+from llava_lens.errors import LensError
+from llava_lens.layers import bias_of
+from llava_lens.record import TOWER
+
+PerFeature = dict[str, Float[Tensor, "answer feature"]]
+AXES: dict[str, tuple[str, ...]] = {
+    "component": ("component", "row", "col"),
+    "head": ("layer", "head", "row", "col"),
+    "neuron": ("layer", "neuron"),
+    "source": ("layer", "head", "row", "col"),
+}
+HELD = {
+    "direct": "decoder patterns and norm scales, and the projector's post / pre, as observed",
+    "all": "decoder patterns, norm scales and MLP gates, and the projector's post / pre, as observed",
+}
+
+
+def tower_attribution(
+    cache: LlavaCache,
+    answer: Answers = None,
+    versus: Answers = None,
+    by: str = "component",
+    position: int = -1,
+    *,
+    through: str = "direct",
+    row: int | None = None,
+    image: int = 0,
+    several: Several = None,
+) -> Scores:
+    """What each part of the vision tower adds, by way of one picture's features, to the logit of `answer`, in logits.
+
+    Everything not linear is held at its observed values: in the decoder attention patterns and norm scales, in the
+    projector the factor `post / pre` of every unit, by which the activation multiplied its input. The tower's own
+    attention and MLPs are not looked through: each writes into its patch's stream, and that is what is counted.
+
+    `through="direct"` takes the direct path, from a feature's place in the embedding through the value and output
+    matrices of one decoder head to the final stream (and the feature itself, where the query is an image position);
+    the sum is `method["through_image"]`. `through="all"` takes every path through the decoder with its MLPs' gates
+    `act(pre)` held too; the decoder is then linear, and picture, text embeddings and biases sum to the whole logit.
+
+    By "component": `[component, row, col]`, the tower's embedding (after its pre-norm), each layer's attention and MLP,
+    output biases included, and the projector's biases, in the stream of each patch; by "head":
+    `[layer, head, row, col]`, by the patch that is written to; by "source": `[layer, head, row, col]`, by the patch
+    that is attended to, summed over those written to; by "neuron": `[layer, neuron]`, summed over patches. Of several
+    feature layers each counts the parts below it. `method["rest"]` holds what the split leaves out: "embed", "MLPs" or
+    "attention", "biases", "projector", "class token" (its own feature where the decoder sees it, by "source" what was
+    read from it), and with "all" the decoder's "text", "other images" and "decoder biases". Scores and rest sum to
+    `through_image`, or with "all" to `logit`; `closure` is by how much they miss it.
+
+    The other arguments are those of `direct_logit_attribution`; `image` is the picture's number in its row. Raises
+    `LensError` as it does, and for a picture or a tower that is not there, positions cut away, and image positions
+    whose stream is not the projector's output.
+    """
+    attribution_names(cache.model, by, through=through)  # refuses an unknown choice before the cache is looked at
+    if cache.inputs is None or cache.inputs.pixels is None:
+        why = "carries no inputs that say where the pictures are" if cache.inputs is None else "is of a run without any"
+        raise LensError(f"no picture to attribute to: this cache {why}")
+    need(cache, by, through)
+    pictures = [Picture.of(cache, i, image) for i in rows_of(cache, row)]
+    asked = [Asked.of(cache, picture.row, position, answer, versus, several) for picture in pictures]
+    return joined([scores_of(*pair, by, through) for pair in zip(pictures, asked, strict=True)])
+
+
+def scores_of(picture: Picture, asked: Asked, by: str, through: str) -> Scores:
+    """The account of one row."""
+    same_stream(picture, asked.place)
+    directions, elsewhere = (directly if through == "direct" else by_all_paths)(picture, asked)
+    through_image = einsum(directions, picture.projected("hook_out"), "answer feature d, feature d -> answer")
+    cells, rest = parts(picture, *into_projector(picture, directions), by)
+    values, sums = cells, {name: each.sum(1) for name, each in rest.items()}
+    if by != "neuron":
+        values, sums = on_the_grid(picture, cells, rest, by)
+    facts = {"score": "tower attribution", "by": by, "through": through, "held": HELD[through]}
+    facts |= {"image": picture.number, "through_image": asked.plain(through_image)}
+    names = {"component": (*component_names(picture.cfg.n_layers), "projector")} if by == "component" else {}
+    total = through_image if through == "direct" else asked.logit
+    return asked.scores(values, AXES[by], sums | elsewhere, total, names, facts, roles=by != "neuron")
+
+
+def on_the_grid(
+    picture: Picture, cells: Float[Tensor, "answer *axes position"], rest: PerFeature, by: str
+) -> tuple[Float[Tensor, "answer *axes row col"], Rest]:
+    """Patches as rows and columns; the class token in front of them, where it is there, goes to the rest."""
+    rows, cols = picture.cfg.grid
+    ahead = cells.shape[-1] - rows * cols
+    values = rearrange(cells[..., ahead:], "... (row col) -> ... row col", row=rows, col=cols)
+    if by == "source":
+        return values, {**{name: each.sum(1) for name, each in rest.items()}, "class token": cells[..., 0].sum((1, 2))}
+    sums = {name: each[:, ahead:].sum(1) for name, each in rest.items()}
+    if ahead:
+        own = [cells[..., 0].flatten(1).sum(1), *(each[:, 0] for each in rest.values())]
+        sums["class token"] = torch.stack(own).sum(0)
+    return values, sums
+
+
+def into_projector(picture: Picture, directions: Features) -> tuple[Features, Float[Tensor, "answer feature"]]:
+    """The directions at the projector's input, and what its biases add."""
+    projector = picture.model.projector
+    x, pre, post, out = (picture.projected(name) for name in ("hook_in", "hook_pre", "hook_post", "hook_out"))
+    W_1, W_2 = beside(projector.linear_1.weight, x), beside(projector.linear_2.weight, x)
+    b_1, b_2 = beside(bias_of(projector.linear_1), x), beside(bias_of(projector.linear_2), x)
+    eps = picture.eps("projector.hook_out")
+    rebuilt(x, W_1, b_1, pre, eps, "projector.hook_pre is not the first layer of the cached hook_in")
+    rebuilt(post, W_2, b_2, out, eps, "projector.hook_out is not the second layer of the cached hook_post")
+    factor = torch.where(pre == 0, 0.0, post / pre)
+    at_post = directions @ W_2
+    at_pre = at_post * factor
+    biases = directions @ b_2 + at_pre @ b_1 + (at_post * (post - factor * pre)).sum(-1)
+    return at_pre @ W_1, biases
+
+
+def parts(
+    picture: Picture, at_in: Features, projector: Float[Tensor, "answer feature"], by: str
+) -> tuple[Float[Tensor, "answer *axes"], PerFeature]:
+    """The cells of a split, and the rest of the sum per feature."""
+    cfg = picture.cfg
+    blocks = rearrange(at_in, "answer feature (read d) -> read answer feature d", d=cfg.d_model)
+
+    def writes(name: str, layer: int | None = None) -> Float[Tensor, "answer feature"]:
+        """What one addition to the stream says; feature layers at or below it do not see it."""
+        added = picture.tower(name, layer)[picture.start :]
+        return einsum(above(layer), added, "answer feature d, feature d -> answer feature")
+
+    def above(layer: int | None) -> Features:
+        seen = [i for i, read in enumerate(cfg.feature_layers) if layer is None or read > layer]
+        return blocks[seen].sum(0)
+
+    embed = writes("hook_embed")
+    sums = [[writes(name, layer) for name in ("hook_attn_out", "hook_mlp_out")] for layer in range(cfg.n_layers)]
+    if by == "component":
+        return torch.stack([embed, *(each for pair in sums for each in pair), projector], dim=1), {}
+    none = torch.zeros_like(embed)
+    neurons, cells, biases = by == "neuron", [], none
+    for layer, block in enumerate(picture.model.vision.blocks):
+        directions = above(layer)
+        how = by_neuron if neurons else by_source if by == "source" else by_head
+        cells.append(how(picture, block, layer, directions))
+        biases = biases + directions @ beside(block.mlp.b_out if neurons else block.attn.b_O, directions)
+    others = sum((pair[0 if neurons else 1] for pair in sums), none)
+    rest = {"embed": embed, "attention" if neurons else "MLPs": others, "biases": biases, "projector": projector}
+    width = {"head": (cfg.n_heads, len(embed[0])), "source": (cfg.n_heads, cfg.n_ctx), "neuron": (cfg.d_mlp,)}[by]
+    return torch.stack(cells, 1) if cells else embed.new_zeros(len(embed), 0, *width), rest
+
+
+def by_head(picture: Picture, block: Any, layer: int, directions: Features) -> Float[Tensor, "answer head feature"]:
+    """One layer's heads, by the feature they write to."""
+    z = picture.tower("attn.hook_z", layer)[picture.start :]
+    unchanged(picture, layer, "hook_attn_out", z.flatten(1), block.attn.o_proj, "heads")
+    return einsum(z, read_by_heads(block, directions), "feature head d, answer feature head d -> answer head feature")
+
+
+def by_source(picture: Picture, block: Any, layer: int, directions: Features) -> Float[Tensor, "answer head pos"]:
+    """One layer's heads, by the position they read from."""
+    pattern, v = picture.tower("attn.hook_pattern", layer)[:, picture.start :], picture.tower("attn.hook_v", layer)
+    z = einsum(pattern, v, "head feature pos, pos head d -> feature head d")
+    unchanged(picture, layer, "hook_attn_out", z.flatten(1), block.attn.o_proj, "heads")
+    read = read_by_heads(block, directions)
+    wanted = einsum(pattern, read, "head feature pos, answer feature head d -> answer head pos d")
+    return einsum(wanted, v, "answer head pos d, pos head d -> answer head pos")
+
+
+def by_neuron(picture: Picture, block: Any, layer: int, directions: Features) -> Float[Tensor, "answer neuron"]:
+    """One layer's hidden units, summed over the features they write to."""
+    post = picture.tower("mlp.hook_post", layer)[picture.start :]
+    unchanged(picture, layer, "hook_mlp_out", post, block.mlp.out_proj, "neurons")
+    read = directions @ beside(block.mlp.out_proj.weight, post)
+    return einsum(read, post, "answer feature neuron, feature neuron -> answer neuron")
+
+
+def unchanged(picture: Picture, layer: int, name: str, x: Tensor, linear: nn.Linear, what: str) -> None:
+    """Raise `LensError` where the parts of a tower layer's output are no longer what they were in the run."""
+    seen, eps = picture.tower(name, layer)[picture.start :], picture.eps(f"{TOWER}blocks.{layer}.{name}")
+    said = f"the {what} of tower layer {layer} do not sum to the cached {name} (by='component' reads it as it was)"
+    rebuilt(x, beside(linear.weight, x), beside(bias_of(linear), x), seen, eps, said)
