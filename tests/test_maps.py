@@ -369,6 +369,8 @@ def test_the_floors_know_nothing_of_the_model() -> None:
     mine = slow("plain")
     assert torch.equal(mine.map("random"), mine.map("random"))
     assert not torch.equal(mine.map("random"), mine.map("random", seed=1))
+    rows = importance_map(mine.model, inputs_of(mine.model, "plain", (1, 1), None), "random", TOKEN).values
+    assert torch.equal(rows[0].flatten(), mine.map("random")) and not torch.equal(rows[0], rows[1])
     edge, corner = 1 - 2**-0.5, 0.0
     expected = [[corner, edge, corner], [edge, 1.0, edge], [corner, edge, corner]]
     torch.testing.assert_close(mine.map("centre").reshape(3, 3), torch.tensor(expected))
@@ -507,7 +509,8 @@ def test_what_is_not_there_is_refused(method: Any, options: dict[str, Any], mess
 def test_every_method_says_what_it_is() -> None:
     for name, method in METHODS.items():
         assert method.about and "\n" not in method.about and (method.run.__doc__ or name)
-        assert method.source.startswith("arXiv ") or name in ("random", "centre")
+        own = method.run.__module__.endswith((".floors", ".flow"))
+        assert own or method.source.startswith("arXiv ")
         assert method.unit in ("score", "probability", "logits", "")
 
 

@@ -129,7 +129,8 @@ def test_a_picture_that_the_model_holds_is_not_in_the_way() -> None:
     model, case = case_of("grouped", (1, 2), "left")
     kept = subsets(2)
     expected = {operator: Masking(case, operator).run(kept).score for operator in OPERATORS}
-    other = inputs_of(model, "grouped", (2, 1), "left", seed=7)
+    other = inputs_of(model, "grouped", (1, 2), "left", seed=7)  # as long as this row, its first row padded
+    assert other.n_pos == case.inputs.n_pos
     with model.looking_at(other):
         _, held = case_of("grouped", (1, 2), "left")
         for operator, scores in expected.items():
