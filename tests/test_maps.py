@@ -235,6 +235,18 @@ def test_integrated_gradients_add_up(at: str) -> None:
     assert closures[1] < 0.01 * abs(change) and closures[1] < 0.1 * closures[0]
 
 
+def test_integrated_gradients_of_the_probability_add_up_to_its_change() -> None:
+    mine = slow("grouped")
+    found = importance_map(
+        mine.model, mine.inputs, "integrated_gradients", TOKEN, at="embedding", of="prob", steps=32, progress=False
+    )
+    with torch.no_grad():
+        case = Case.of(mine.model, mine.inputs, TOKEN)
+        change = float(case.whole.prob[0] - Masking(case, "embedding").run(~case.all_kept()).prob[0])
+    assert found.unit == "probability" and found.method["change"] == pytest.approx(change, abs=1e-10)
+    assert found.closure is not None and found.closure < 0.01 * abs(change)
+
+
 @pytest.mark.parametrize("odd", ["plain", "full"])
 def test_gradient_times_input_is_the_slope_of_making_a_patch_larger(odd: str) -> None:
     mine, step = slow(odd), 1e-5
@@ -492,6 +504,7 @@ def test_a_method_of_ones_own() -> None:
         ("causal_tracing", {"layer": "best"}, "layer='best'; expected a layer, several, or 'mean'"),
         ("gradient", {"at": "pixel"}, "at='pixel'; expected 'pixels' or 'embedding'"),
         ("integrated_gradients", {"steps": 0}, "steps=0; expected 1 or more"),
+        ("integrated_gradients", {"of": "logit"}, "of='logit'; expected 'score' or 'prob'"),
         ("occlusion", {"size": 2}, "size=2; expected an odd number of patches, 1 or more"),
         ("rise", {"n": 0}, "n=0, keep=0.5; expected 1 mask or more, and a probability above 0"),
         ("rise", {"cell": 4}, "cell=4; expected 1 … 3 patches"),

@@ -42,7 +42,8 @@ class Case:
     """One row of inputs without its padding, the picture whose patches are scored, and the answer that is explained.
 
     `number` is the row's in its batch; random numbers come from it and from `seed`. `notes` gathers what a map has to
-    say of itself, `closure` how far a sum misses that must close, `passes` how many runs it took, forward and backward.
+    say of itself, `counted` another unit than the method's, `closure` how far a sum misses that must close, `passes`
+    how many runs it took, forward and backward.
     """
 
     model: Any
@@ -57,6 +58,7 @@ class Case:
     seed: int = 0
     progress: bool = False
     closure: float | None = None
+    counted: str | None = None
 
     @classmethod
     def of(

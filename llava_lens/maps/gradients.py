@@ -33,22 +33,26 @@ def gradient(case: Case, *, at: str = "pixels") -> Float[Tensor, " patch"]:
 
 
 def integrated_gradients(
-    case: Case, *, at: str = "pixels", steps: int = 64, max_bytes: int = MAX_BYTES
+    case: Case, *, at: str = "pixels", of: str = "score", steps: int = 64, max_bytes: int = MAX_BYTES
 ) -> Float[Tensor, " patch"]:
     """`(x − x') · ∫ ∇f(x' + α (x − x')) dα`, summed over each patch (arXiv 1703.01365, eq. 1), in `steps` midpoints.
 
-    `x'` is the picture masked everywhere: in its mean colour, or with the mean of its image tokens. `closure` is how
-    far the sum misses `f(x) − f(x')`, and the notes give both.
+    `x'` is the picture masked everywhere: in its mean colour, or with the mean of its image tokens. `f` is the score
+    explained, or with `of="prob"` the answer's probability, as in the paper. `closure` is how far the sum misses
+    `f(x) − f(x')`, and the notes give both.
     """
     if steps < 1:
         raise LensError(f"steps={steps}; expected 1 or more")
+    if of not in ("score", "prob"):
+        raise LensError(f"of={of!r}; expected 'score' or 'prob'")
+    case.counted = "probability" if of == "prob" else None
     x, start = (upcast(end) for end in ends(case, at))
     alphas = (torch.arange(steps) + 0.5) / steps
-    mean, _ = slopes(case, at, start, x, alphas, max_bytes)
+    mean, _ = slopes(case, at, start, x, alphas, max_bytes, of)
     found = by_patch(case, at, (x - start) * mean)
     run, dtype = runner(case, at), ends(case, at)[0].dtype
     with torch.no_grad():
-        change = case.whole.score[0] - case.measure(run(start.to(dtype))).score[0]
+        change = getattr(case.whole, of)[0] - getattr(case.measure(run(start.to(dtype))), of)[0]
     case.count(forward=steps + 1, backward=steps)
     case.notes |= {"sum": float(found.sum()), "change": float(change)}
     case.closure = abs(float(found.sum()) - float(change))
@@ -70,9 +74,9 @@ def runner(case: Case, at: str) -> Callable[[Tensor], Float[Tensor, "run d_vocab
 
 
 def slopes(
-    case: Case, at: str, start: Places, end: Places, alphas: Float[Tensor, " step"], max_bytes: int
+    case: Case, at: str, start: Places, end: Places, alphas: Float[Tensor, " step"], max_bytes: int, of: str = "score"
 ) -> tuple[Places, float]:
-    """The score's gradient averaged over points between two inputs, in float32 or better; and the mean score there."""
+    """The gradient averaged over points between two inputs, in float32 or better; and the mean of what it is of."""
     run, dtype = runner(case, at), ends(case, at)[0].dtype
     total, value = torch.zeros_like(start), 0.0
     parts = alphas.split(case.runs_at_once(at == "pixels", graph=True, max_bytes=ALL_GRAPHS * max_bytes))
@@ -80,7 +84,7 @@ def slopes(
         weights = part.to(start).reshape(-1, *[1] * (start.ndim - 1))
         with on_graph():
             x = (start + weights * (end - start)).to(dtype).requires_grad_()
-            score = case.measure(run(x)).score.sum()
+            score = getattr(case.measure(run(x)), of).sum()
             (grads,) = torch.autograd.grad(score, x)
         total += upcast(grads).sum(0, keepdim=True)
         value += float(score.detach())

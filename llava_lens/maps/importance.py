@@ -150,7 +150,8 @@ def scores_of(case: Case, name: str, method: Method, options: dict[str, Any]) ->
         raise LensError(f"method {name!r} gave numbers that are not finite; expected one for each patch")
     told = {option: plain(value) for option, value in {**method.options, **options}.items()}
     said = {"score": name, **case.facts, "image": case.image, **told, **case.notes, "passes": dict(case.passes)}
-    return Scores(values, ("row", "col"), {}, method.unit_of(case), said, case.closure, (case.roles,))
+    unit = case.counted or method.unit_of(case)
+    return Scores(values, ("row", "col"), {}, unit, said, case.closure, (case.roles,))
 
 
 def plain(value: Any) -> Any:
