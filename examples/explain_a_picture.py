@@ -8,8 +8,7 @@ Prints both explanations and, given a folder, writes each as a page and as JSON.
 import sys
 from pathlib import Path
 
-from llava_lens import HookedLlava
-from llava_lens.analysis import explain
+from llava_lens import HookedLlava, explain
 from llava_lens.plots import explanation_png
 from llava_lens.tiny import questions, render_scene
 

@@ -9,18 +9,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llava_lens.cache import LlavaCache
     from llava_lens.config import LlavaConfig
+    from llava_lens.explanation import Explanation, explain
     from llava_lens.hooks import hook_table, reader
     from llava_lens.inputs import Inputs
     from llava_lens.model import HookedLlava
 
 __version__ = "0.1.0"
-__all__ = ["HookedLlava", "Inputs", "LlavaCache", "LlavaConfig", "hook_table", "reader"]
+__all__ = [
+    "Explanation", "HookedLlava", "Inputs", "LlavaCache", "LlavaConfig", "explain", "hook_table", "reader",
+]  # fmt: skip
 
 HOMES = {
+    "Explanation": "explanation",
     "HookedLlava": "model",
     "Inputs": "inputs",
     "LlavaCache": "cache",
     "LlavaConfig": "config",
+    "explain": "explanation",
     "hook_table": "hooks",
     "reader": "hooks",
 }

@@ -6,10 +6,13 @@ Unusual: everything heavy is imported after the arguments are read, and bad inpu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import shlex
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +21,14 @@ examples:
   llava-lens explain                                   a scene and a question that ship with the package
   llava-lens explain dog.jpg "What is the color of the dog?" --model llava-hf/llava-1.5-7b-hf
   llava-lens explain dog.jpg "What is the color of the dog?" --stem "The color of the dog is" --model ...
+  llava-lens explain dog.jpg "What is the color of the dog?" --answer brown --versus black --by layer,head,neuron
+  llava-lens explain dog.jpg "What is the color of the dog?" --method relevancy --html
+
+`llava-lens methods` lists the maps.
 """
+
+SEVERAL = ("first", "all")
+BY = "split the logit by layer, head, neuron or source; several with commas or repeated (layer,head)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,7 +53,8 @@ def parser() -> Parser:
         "explain",
         help="answer a question about a picture and show what the answer came from",
         description="Answers, then shows why: the heads with the highest log-probability increase, the image patches "
-        "that carry it, and mean attention beside them. Writes explanation.png and explanation.json.",
+        "that carry it, and mean attention beside them. Writes explanation.json, explanation.png and, with --html, "
+        "explanation.html, one page that needs no network.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -51,12 +62,19 @@ def parser() -> Parser:
     explain.add_argument("question", nargs="?", metavar="QUESTION", help="what to ask about it")
     explain.add_argument("--model", metavar="DIR_OR_ID", help="a checkpoint's folder or hub id (default: the embedded)")
     explain.add_argument("--answer", metavar="WORD", help="explain this token instead of the model's own choice")
+    explain.add_argument("--versus", metavar="WORD", help="explain the answer's lead over this token")
+    explain.add_argument("--several", choices=SEVERAL, help="of an answer of several tokens: its first, or all")
     explain.add_argument("--stem", default="", metavar="TEXT", help="start of the answer; explains the token after it")
-    explain.add_argument("--top-k", type=positive, default=4096, metavar="K", help="cells to compute exactly (4096)")
+    explain.add_argument("--method", default="lpi", metavar="NAME", help="the map (lpi); see llava-lens methods")
+    explain.add_argument("--by", action="append", metavar="SPLIT", help=BY)
+    explain.add_argument("--top-k", type=positive, metavar="K", help="cells to compute exactly (what 1e-4 nats take)")
     explain.add_argument("--out", default="llava-lens-out", metavar="DIR", help="where to write (default: %(default)s)")
-    explain.add_argument("--no-picture", action="store_true", help="write the scores, draw nothing")
+    explain.add_argument("--no-picture", action="store_true", help="write the scores, draw no explanation.png")
+    explain.add_argument("--html", action="store_true", help="write explanation.html too, one page with everything")
     explain.add_argument("--device", metavar="DEVICE", help="cpu, cuda … (default: cuda where there is one)")
     explain.set_defaults(run=run_explain)
+    methods = commands.add_parser("methods", help="list the maps that --method takes", description="Lists the maps.")
+    methods.set_defaults(run=run_methods)
     return top
 
 
@@ -77,6 +95,7 @@ def version() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, or 2 after one line on stderr."""
     given = parser().parse_args(arguments)
+    given.command = shlex.join(["llava-lens", *(sys.argv[1:] if arguments is None else arguments)])
     quieten()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -109,26 +128,73 @@ def run_explain(given: argparse.Namespace) -> int:
     return 0
 
 
+def run_methods(given: argparse.Namespace) -> int:
+    """`llava-lens methods`."""
+    from llava_lens.maps import METHODS
+
+    for name, method in METHODS.items():
+        print(f"{name:<22}{method.about}" + (f" ({method.source})" if method.source else ""))
+    return 0
+
+
 def explained(given: argparse.Namespace) -> tuple[Any, list[Path]]:
     """The explanation and the files it was written to; cheap checks come before the model is loaded."""
-    from llava_lens.analysis.explanation import explain
     from llava_lens.analysis.files import close_folder, open_folder
     from llava_lens.errors import LensError
+    from llava_lens.explanation import explain
+    from llava_lens.explanation.explain import splits_of
     from llava_lens.images import load_image
+    from llava_lens.maps.importance import method_of
 
     image, question = scene_and_question(given.image, given.question)
     if not question.strip():
         raise LensError("an empty question; expected some text")
+    method_of(given.method)
+    by = splits_of([each.strip() for part in given.by or ("layer,head",) for each in part.split(",")])
     picture = load_image(image)
     close_folder(open_folder(given.out))
     model = load(given.model, given.device)
-    inputs = model.prepare(question, picture, answer=given.stem)
-    explanation = explain(model, inputs, given.answer, top_k=given.top_k)
-    return explanation, explanation.save(given.out, None if given.no_picture else draw(explanation, picture))
+    with hinting():
+        inputs = model.prepare(question, picture, answer=start_of(model, given))
+        explanation = explain(
+            model, inputs, given.answer, given.versus,
+            method=given.method, by=by, several=given.several, top_k=given.top_k, progress=sys.stderr.isatty(),
+        )  # fmt: skip
+    drawn = None if given.no_picture else draw(explanation, picture)
+    return explanation, explanation.save(given.out, drawn, page(explanation, picture, given) if given.html else None)
+
+
+def start_of(model: Any, given: argparse.Namespace) -> str:
+    """The start of the answer that stands in the prompt: the stem, and with `--several all` all tokens but the last."""
+    if given.several != "all" or given.answer is None:
+        return given.stem
+    from llava_lens.analysis.answers import tokens_of
+
+    before = tokens_of(model, given.answer, "all")[:-1]
+    return " ".join(part for part in (given.stem, model.tokenizer.decode(before)) if part)
+
+
+@contextlib.contextmanager
+def hinting() -> Iterator[None]:
+    """Name options as the shell does where an error names them as Python does."""
+    from llava_lens.errors import LensError
+
+    try:
+        yield
+    except LensError as error:
+        said = str(error).replace("several='first'", "--several first").replace("several='all'", "--several all")
+        raise LensError(said) from error
+
+
+def page(explanation: Any, picture: Any, given: argparse.Namespace) -> str:
+    """The page as HTML, with the command that makes it again."""
+    from llava_lens.page import explanation_page
+
+    return explanation_page(explanation, picture, given.command)
 
 
 def draw(explanation: Any, picture: Any) -> bytes:
-    """The page as PNG bytes."""
+    """The findings as PNG bytes."""
     from llava_lens.plots import explanation_png
 
     return explanation_png(explanation, picture)

@@ -101,6 +101,47 @@ def test_a_second_run_replaces_the_first(run: Any, picture: Path, tmp_path: Path
     assert (tmp_path / "out" / "explanation.json").read_bytes() != first
 
 
+def test_every_option_reaches_the_explanation_and_the_page(run: Any, picture: Path, tmp_path: Path) -> None:
+    options = (
+        "--answer",
+        "blue",
+        "--versus",
+        "red",
+        "--method",
+        "dla",
+        "--by",
+        "head,neuron",
+        "--by",
+        "source",
+        "--html",
+    )
+    ran = run(picture, QUESTION, *options)
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.left == ["explanation.html", "explanation.json", "explanation.png"]
+    facts = json.loads((tmp_path / "out" / "explanation.json").read_text())
+    assert (facts["answer"], facts["versus"], facts["map"]["method"]["score"]) == ("blue", "red", "dla")
+    assert list(facts["direct"]) == ["head", "neuron", "source"] and facts["neurons"]["axes"] == ["layer", "neuron"]
+    page = (tmp_path / "out" / "explanation.html").read_text()
+    assert "--versus red --method dla" in page and "llava-lens explain" in page
+    assert "logit('blue') − logit('red')" in ran.out and "MLP neurons" in ran.out
+
+
+def test_all_tokens_of_an_answer_are_put_into_the_prompt(run: Any, picture: Path, tmp_path: Path) -> None:
+    stem = "The color of the circle is"
+    assert run(picture, QUESTION, "--answer", "red blue", "--several", "all", "--stem", stem, "--no-picture").code == 0
+    facts = json.loads((tmp_path / "out" / "explanation.json").read_text())
+    assert facts["prompt"].endswith(f"{stem} red") and len(facts["answer_id"]) == 2
+    assert run(picture, QUESTION, "--answer", "red blue", "--several", "first", "--no-picture").code == 0
+    assert json.loads((tmp_path / "out" / "explanation.json").read_text())["answer"] == "red"
+
+
+def test_the_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    from llava_lens.maps import METHODS
+
+    assert cli.main(["methods"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(METHODS)
+
+
 # ---- bad input
 
 
@@ -144,6 +185,14 @@ def test_a_bad_picture(run: Any, tmp_path: Path, kind: str) -> None:
         (["what " * 600], r"question 0 takes \d+ tokens, \d+ of text and 64 of images; the context holds 512"),
         ([QUESTION, "--stem", "what " * 500], "the context holds 512"),
         ([QUESTION, "--answer", "dark red"], r"'dark red' is 2 tokens \['<unk>', 'red'\]"),
+        (
+            [QUESTION, "--answer", "red blue"],
+            r"'blue'\], expected one: --several first scores .*--several all",
+        ),
+        ([QUESTION, "--versus", "red blue"], r"versus 'red blue' is 2 tokens .*--several first"),
+        ([QUESTION, "--several", "some"], "argument --several: invalid choice: 'some'"),
+        ([QUESTION, "--method", "relevance"], "method 'relevance'; nearest: 'relevancy'"),
+        ([QUESTION, "--by", "layer,haed"], "by='haed'; nearest: 'head'; expected some of 'layer'"),
         ([QUESTION, "--answer", "mauve"], r"'mauve' is 1 token \['<unk>'\]"),
         ([QUESTION, "--top-k", "0"], "argument --top-k: '0': expected a whole number"),
         ([QUESTION, "--device", "warp"], "cannot load .*warp"),
@@ -209,7 +258,7 @@ def test_a_full_disk_leaves_what_was_there(run: Any, picture: Path, tmp_path: Pa
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the scores fit, the picture does not
     try:
-        ran, fresh = run(picture, "Where is the star?"), run(picture, QUESTION, out=tmp_path / "new" / "out")
+        ran, fresh = run(picture, "Where is the star?", "--html"), run(picture, QUESTION, out=tmp_path / "new" / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (ran.code, ran.out, ran.left) == (2, "", ["explanation.json"]) and "cannot write to" in ran.err
@@ -241,7 +290,11 @@ def test_files_appear_together_or_not_at_all(tmp_path: Path, monkeypatch: pytest
 def test_help_and_version_load_nothing_heavy() -> None:
     code = "import sys; from llava_lens.cli import main\n"
     code += "try:\n    main(sys.argv[1:])\nfinally:\n    print('torch' in sys.modules, file=sys.stderr)"
-    for arguments, said in ((["--version"], "llava-lens 0.1.0"), (["explain", "--help"], "dog.jpg")):
+    for arguments, said in (
+        (["--version"], "llava-lens 0.1.0"),
+        (["explain", "--help"], "--versus black --by"),
+        (["methods", "-h"], "maps"),
+    ):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
         assert said in done.stdout and done.stderr.strip() == "False"
 

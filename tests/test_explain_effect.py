@@ -11,7 +11,6 @@ from torch import Tensor
 
 from llava_lens import HookedLlava
 from llava_lens.analysis import log_prob_increase, mean_attention, names_for
-from llava_lens.analysis.explanation import TOP_CELLS
 from llava_lens.tiny import questions, render_scene
 from llava_lens.tiny.evaluate import HELD_OUT, wilson
 
@@ -54,7 +53,7 @@ def pairs() -> list[Pair]:
         inputs = model.prepare([question.text for question in asked], pictures)
         with torch.no_grad():
             logits, cache = model.run_with_cache(inputs, names_filter=names)
-        maps = log_prob_increase(cache, by="position", top_k=TOP_CELLS).over_image().values.flatten(1)
+        maps = log_prob_increase(cache, by="position").over_image().values.flatten(1)
         looks = mean_attention(cache).over_image().values.flatten(1)
         words = [model.token_string(int(row[-1].argmax())) for row in logits]
         for i, (scene, both) in enumerate(part):

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,24 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_lens import HookedLlava
-from llava_lens.analysis import Explanation, Scores, explain
+from llava_lens import Explanation, HookedLlava, explain
+from llava_lens.analysis import Scores
 from llava_lens.errors import LensError
-from llava_lens.plots import curves, explanation_figure, grid, heads_map, new_figure, overlay, plot, png
+from llava_lens.plots import (
+    attention_over_image,
+    attention_viewer,
+    curves,
+    explanation_figure,
+    grid,
+    heads_map,
+    layer_bars,
+    maps_page,
+    new_figure,
+    overlay,
+    plot,
+    png,
+)
+from llava_lens.plots.viewer import grouped
 from llava_lens.tiny import render_scene
 
 SIZES = {"square": (256, 256), "landscape": (400, 160), "portrait": (150, 420)}
@@ -136,6 +151,104 @@ def test_matplotlib_is_imported_when_something_is_drawn_and_no_global_figure_is_
     code += "assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert new_figure(2, 1).get_size_inches().tolist() == [2, 1]
+
+
+# ---- layers, many maps, attention
+
+
+def test_bars_by_layer_stand_on_their_side_of_zero() -> None:
+    values = torch.tensor([[1.0, -2.0], [0.5, 0.0], [-3.0, 4.0]])
+    ax = layer_bars(Scores(values, ("layer", "part"), {"part": ("attn", "mlp")}, "logits"), title="direct").axes[0]
+    tall = torch.tensor([[bar.get_height() for bar in part] for part in ax.containers]).T
+    assert torch.equal(tall, values) and all(bar.get_y() == 0 for part in ax.containers for bar in part)
+    left = [[bar.get_x() for bar in part] for part in ax.containers]
+    assert all(a < b < c for a, b, c in zip(left[0], left[1], [*left[0][1:], 99], strict=True)), "attention comes first"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["attn", "mlp"]  # type: ignore[union-attr]
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title(loc="left")) == ("layer", "logits", "direct")
+    alone = layer_bars(Scores(values[:, 0], ("layer",), {"layer": (3, 8, 9)}, "nats")).axes[0]
+    assert alone.get_legend() is None and [name for _, name in ticks(alone.xaxis)] == ["3", "8", "9"]
+    with pytest.raises(LensError, match=r"axes \('head', 'layer'\); expected \('layer', 'part'\)"):
+        layer_bars(Scores(values, ("head", "layer")))
+    with pytest.raises(LensError, match="9 bars for each layer; expected at most 8"):
+        layer_bars(Scores(torch.zeros(2, 9), ("layer", "head")))
+
+
+def test_many_maps_have_panels_of_one_size_in_their_order() -> None:
+    e = explained("landscape")
+    maps = {"a": grid_of(0, 0), "$b$": grid_of(1, 2, "nats", -1.0), "c": e.patches(), "d": e.patch_attention()}
+    figure = maps_page(maps, picture(SIZES["landscape"]), e.roles, columns=3, title="all")
+    figure.canvas.draw()
+    panels = [ax for ax in figure.axes if ax.get_title()]
+    assert [ax.get_title() for ax in panels] == ["the picture", "a", r"\$b\$", "c", "d"]
+    for ax, scores in zip(panels[1:], maps.values(), strict=True):
+        assert np.array_equal(np.asarray(ax.images[1].get_array()), scores.values.numpy())
+    sizes = np.array([(ax.get_window_extent().width, ax.get_window_extent().height) for ax in panels])
+    assert np.ptp(sizes, 0).max() < 0.05 * sizes.min()
+    assert len(maps_page({"a": maps["c"]}, picture(SIZES["landscape"]), scene=False).axes) == 2
+    with pytest.raises(LensError, match="0 maps; expected 1 … 64"):
+        maps_page({}, picture(SIZES["landscape"]))
+    with pytest.raises(LensError, match="maps_page needs roles"):
+        maps_page({"a": grid_of(0, 0)}, picture(SIZES["landscape"]))
+
+
+@cache
+def watched() -> tuple[Any, Any]:
+    inputs = model().prepare(QUESTION, picture(SIZES["square"]))
+    with torch.no_grad():
+        return inputs, model().run_with_cache(inputs)[1]
+
+
+def test_attention_over_the_picture_is_that_of_the_cache() -> None:
+    inputs, cache = watched()
+    query = int(inputs.positions_of("circle")[0])
+    figure = attention_over_image(cache, picture(SIZES["square"]), 1, [2, 5], position=query)
+    panels = [ax for ax in figure.axes if "L1H" in ax.get_title()]
+    seen = cache["pattern", 1][0, :, query, inputs.positions("image")]
+    for ax, head in zip(panels, (2, 5), strict=True):
+        assert np.allclose(np.asarray(ax.images[1].get_array()).flatten(), seen[head].numpy())
+        assert ax.get_title() == f"L1H{head}: {float(seen[head].sum()):.0%} on it"
+    assert f"'circle' (position {query}) in layer 1" in figure.get_suptitle()
+    with torch.no_grad():
+        _, alone = model().run_with_cache(inputs, names_filter="blocks.1.attn.hook_pattern", pos_slice=-1)
+    last = attention_over_image(alone, picture(SIZES["square"]), 1, 3).axes[0].images[1].get_array()
+    assert np.allclose(np.asarray(last).flatten(), cache["pattern", 1][0, 3, -1, inputs.positions("image")].numpy())
+    for wrong, said in (((9,), "layer 9; expected 0 … 3"), ((1, 8), "heads=8; expected some of 0 … 7")):
+        with pytest.raises(LensError, match=said):
+            attention_over_image(cache, picture(SIZES["square"]), *wrong)
+    with pytest.raises(LensError, match=r"the cache lacks blocks\.0\.attn\.hook_pattern"):
+        attention_over_image(alone, picture(SIZES["square"]), 0)
+    with pytest.raises(LensError, match="a pattern of 1 queries"):
+        grouped(alone, 1, 0, "together")
+
+
+@pytest.mark.parametrize("how, n", [("together", 14), ("left out", 13), ("patches", 77)])
+def test_the_viewers_tokens_share_all_attention(how: str, n: int) -> None:
+    inputs, cache = watched()
+    names, patterns = grouped(cache, 2, 0, how)
+    assert len(names) == n and patterns.shape == (8, n, n)
+    assert how == "left out" or (patterns.sum(-1) - 1).abs().max() < 1e-5
+    pattern, image = cache["pattern", 2][0], inputs.positions("image")
+    if how == "together":
+        at = names.index("<image 0>")
+        torch.testing.assert_close(patterns[:, -1, at], pattern[:, -1, image].sum(-1))
+        torch.testing.assert_close(patterns[:, at, 0], pattern[:, image, 0].mean(-1))
+    if how == "patches":
+        assert torch.equal(patterns, pattern) and names[3:5] == ["(0, 0)", "(0, 1)"]
+
+
+def test_the_viewer_hands_tokens_on_and_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, cache = watched()
+    monkeypatch.setitem(sys.modules, "circuitsvis.attention", None)
+    with pytest.raises(LensError, match=r"needs circuitsvis, which is not installed: .* 'llava-lens\[viewer\]'"):
+        attention_viewer(cache, 1)
+    with pytest.raises(LensError, match="image='apart'; expected 'together', 'left out' or 'patches'"):
+        attention_viewer(cache, 1, image="apart")
+    parts = ModuleType("circuitsvis"), ModuleType("circuitsvis.attention")
+    parts[1].attention_patterns = lambda tokens, attention: (tokens, attention)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "circuitsvis", parts[0])
+    monkeypatch.setitem(sys.modules, "circuitsvis.attention", parts[1])
+    tokens, attention = attention_viewer(cache, 1)
+    assert tokens == grouped(cache, 1, 0, "together")[0] and attention.shape == (8, 14, 14)
 
 
 # ---- heat maps

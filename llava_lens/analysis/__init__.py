@@ -7,7 +7,6 @@ from llava_lens.analysis.attribution import log_prob_increase, mean_attention, n
 from llava_lens.analysis.attribution_patch import Screened, attribution_patch
 from llava_lens.analysis.direct import direct_logit_attribution
 from llava_lens.analysis.edges import edge_attribution
-from llava_lens.analysis.explanation import Explanation, explain
 from llava_lens.analysis.heads import head_output, key_input, value_input
 from llava_lens.analysis.knockout import blocked, knock_out
 from llava_lens.analysis.lens import logit_lens, names_for_lens, tower_lens, visual_words
@@ -23,11 +22,10 @@ from llava_lens.analysis.where import Patches
 from llava_lens.analysis.words import Lens
 
 __all__ = [
-    "Entry", "Explanation", "Lens", "Metric", "Patches", "QueryNeurons", "Scores", "Screened", "ValueNeurons",
-    "ablate", "ask", "attribution_names", "attribution_patch", "back_patch", "blocked", "causal_trace",
-    "direct_logit_attribution", "edge_attribution", "explain", "generate_with", "head_output", "head_query_neurons",
-    "key_input", "kl", "knock_out", "log_prob", "log_prob_increase", "logit", "logit_diff", "logit_lens",
-    "mean_attention", "names_for", "names_for_lens", "patch", "path_patch", "prob", "query_neurons", "recovery",
-    "run_with_edits", "stacked", "steer", "steering", "steering_vector", "tower_attribution", "tower_lens",
-    "value_input", "value_neurons", "visual_words",
+    "Entry", "Lens", "Metric", "Patches", "QueryNeurons", "Scores", "Screened", "ValueNeurons", "ablate", "ask",
+    "attribution_names", "attribution_patch", "back_patch", "blocked", "causal_trace", "direct_logit_attribution",
+    "edge_attribution", "generate_with", "head_output", "head_query_neurons", "key_input", "kl", "knock_out",
+    "log_prob", "log_prob_increase", "logit", "logit_diff", "logit_lens", "mean_attention", "names_for",
+    "names_for_lens", "patch", "path_patch", "prob", "query_neurons", "recovery", "run_with_edits", "stacked", "steer",
+    "steering", "steering_vector", "tower_attribution", "tower_lens", "value_input", "value_neurons", "visual_words",
 ]  # fmt: skip

@@ -43,3 +43,12 @@ def colour_limits(values: np.ndarray, signed: bool = False) -> dict[str, Any]:
     if signed or (finite < 0).any():
         return {"cmap": SIGNED, "vmin": -largest, "vmax": largest}
     return {"cmap": UNSIGNED, "vmin": 0.0, "vmax": largest}
+
+
+def painted(values: np.ndarray, signed: bool = False) -> np.ndarray:
+    """The colours of values `[row, col]` as a picture with one pixel per value, `[row, col, 3]`, from 0 to 255."""
+    import matplotlib
+
+    look = colour_limits(values, signed)
+    share = (values - look["vmin"]) / (look["vmax"] - look["vmin"])
+    return matplotlib.colormaps[look["cmap"]](share, bytes=True)[..., :3]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from llava_lens.analysis.markup import signed
 from llava_lens.analysis.scores import Label, Scores
 from llava_lens.errors import LensError
 from llava_lens.plots.canvas import colour_limits, new_figure, plain
@@ -50,27 +51,27 @@ def plot(scores: Scores, *, ax: Axes | None = None, title: str = "") -> Figure:
 def grid(scores: Scores, *, ax: Axes | None = None, title: str = "") -> Figure:
     """Draw scores with two axes as a heat map, the first axis upright; `layer` counts from the bottom.
 
-    Scores in nats or with a negative value get a diverging colour map centred on zero, others a sequential one from
-    zero. Cells without a score are grey. Intervals are not drawn. `ax` is where to draw, by default a new figure.
-    Raises `LensError` for another number of axes.
+    Scores in nats or logits, or with a negative value, get a diverging colour map centred on zero, others a sequential
+    one from zero. Cells without a score are grey. Intervals are not drawn. `ax` is where to draw, by default a new
+    figure. Raises `LensError` for another number of axes.
     """
     import matplotlib
 
     if len(scores.axes) != 2:
         raise LensError(f"scores with {len(scores.axes)} axes{_which(scores.axes)}; expected two{_hint(scores.axes)}")
     ax = ax or new_figure(*_size(scores)).subplots()
-    figure = _figure(ax)
+    figure = figure_of(ax)
     values = _numbers(scores.values)
-    colours = colour_limits(values, signed=scores.unit == "nats")
+    colours = colour_limits(values, signed=signed(scores))
     colours["cmap"] = matplotlib.colormaps[colours["cmap"]].with_extremes(bad=MISSING)
     origin = "lower" if scores.axes[0] == "layer" else "upper"
-    width, height = _room(ax)
+    width, height = room_of(ax)
     fits = width * figure.dpi >= values.shape[1] and height * figure.dpi >= values.shape[0]  # else cells would be lost
     how = "nearest" if fits else "antialiased"
     drawn = ax.imshow(values, aspect="auto", origin=origin, interpolation=how, **colours)
     for axis, name, room in ((ax.yaxis, scores.axes[0], height), (ax.xaxis, scores.axes[1], width)):
         axis.set_label_text(plain(name))
-        _ticks(axis, range(scores.length(name)), scores.labels_of(name), room, upright=axis is ax.yaxis)
+        ticks(axis, range(scores.length(name)), scores.labels_of(name), room, upright=axis is ax.yaxis)
     bar = figure.colorbar(drawn, ax=ax, pad=0.02, label=plain(scores.unit) or None)
     bar.ax.tick_params(labelsize=TEXT)
     ax.set_title(title, fontsize=10)
@@ -84,7 +85,7 @@ def heads_map(heads: Scores, *, ax: Axes | None = None, marked: Any = (), title:
     ax = ax or new_figure(5.0, 4.0).subplots()
     figure = grid(heads, ax=ax, title=title)
     places = np.array(list(marked)).reshape(-1, 2)
-    ax.scatter(places[:, 1], places[:, 0], s=9, color="black", marker="o", linewidths=0)
+    ax.scatter(places[:, 1], places[:, 0], s=14, color="black", marker="o", linewidths=0.8, edgecolors="white")
     return figure
 
 
@@ -106,7 +107,7 @@ def curves(
     (axis,) = first.axes
     labels = first.labels_of(axis)
     ax = ax or new_figure(7.0, 4.0).subplots()
-    figure = _figure(ax)
+    figure = figure_of(ax)
     x = _along(labels)
     styles = list(zip(COLOURS, MARKERS, strict=True))
     for (name, each), style in zip(series.items(), styles, strict=False):
@@ -116,7 +117,7 @@ def curves(
     if baseline is not None:
         called, level = baseline if isinstance(baseline, tuple) else ("baseline", baseline)
         ax.axhline(level, color="0.35", linestyle="--", linewidth=1.2, label=plain(called))
-    _ticks(ax.xaxis, x, labels, _room(ax)[0])
+    ticks(ax.xaxis, x, labels, room_of(ax)[0])
     ax.set_xlabel(plain(axis))
     ax.set_ylabel(plain(first.unit or "score"))
     ax.tick_params(axis="y", labelsize=TEXT)
@@ -213,7 +214,7 @@ def _size(scores: Scores) -> tuple[float, float]:
     return float(width + 1.7 + beside * LETTER), float(height + 1.0 + 0.7 * below * LETTER)
 
 
-def _ticks(axis: Any, at: Any, labels: Sequence[Label], room: float, upright: bool = False) -> None:
+def ticks(axis: Any, at: Any, labels: Sequence[Label], room: float, upright: bool = False) -> None:
     """Names where all of them fit, turned if they are long; else numbers at even steps. `room` is in inches."""
     places, names = list(at), [_name(label) for label in labels]
     longest = max(map(len, names), default=0)
@@ -247,14 +248,14 @@ def _numbers(values: Tensor) -> np.ndarray:
     return values.double().numpy()
 
 
-def _room(ax: Axes) -> tuple[float, float]:
+def room_of(ax: Axes) -> tuple[float, float]:
     """Inches that the axes are wide and high, before the layout makes room for labels."""
     box = ax.get_window_extent()
-    dpi = _figure(ax).dpi
+    dpi = figure_of(ax).dpi
     return box.width / dpi, box.height / dpi
 
 
-def _figure(ax: Axes) -> Figure:
+def figure_of(ax: Axes) -> Figure:
     figure = ax.get_figure(root=True)
     assert figure is not None
     return figure
