@@ -8,7 +8,6 @@ from llava_lens.plots.canvas import new_figure, png
 from llava_lens.plots.charts import curves, grid, heads_map, plot
 from llava_lens.plots.layers import layer_bars
 from llava_lens.plots.lenses import lens_grid, words_over_image
-from llava_lens.plots.lenses import lens_grid, words_over_image
 from llava_lens.plots.multiples import attention_over_image, maps_page
 from llava_lens.plots.pictures import explanation_figure, explanation_png, overlay
 from llava_lens.plots.viewer import attention_viewer
@@ -22,7 +21,6 @@ __all__ = [
     "grid",
     "heads_map",
     "layer_bars",
-    "lens_grid",
     "lens_grid",
     "maps_page",
     "new_figure",
