@@ -46,6 +46,15 @@ def apart(boxes: list[Any]) -> bool:
     return not any(one.overlaps(other) for one, other in combinations([box.padded(-0.5) for box in boxes], 2))
 
 
+def whole(figure: Any) -> bool:
+    """Whether the title and the bar's label are inside the figure."""
+    renderer = figure.canvas.get_renderer()
+    bar = figure.axes[1]
+    texts = (figure._suptitle or figure.axes[0].title, bar.xaxis.label, bar.yaxis.label)
+    boxes = [text.get_window_extent(renderer) for text in texts if text.get_text()]
+    return all(b.x0 >= 0 and b.y0 >= 0 and b.x1 <= figure.bbox.x1 and b.y1 <= figure.bbox.y1 for b in boxes)
+
+
 def test_every_cell_says_its_highest_word_in_the_colour_of_its_probability() -> None:
     _, cache = run("square")
     lens = logit_lens(cache, "question")
@@ -78,9 +87,7 @@ def test_words_stay_in_their_cells_and_nothing_overlaps(incl_mid: bool) -> None:
     for _, (x, y), box in found:
         (left, low), (right, high) = axes.transData.transform([(x - 0.5, y - 0.5), (x + 0.5, y + 0.5)])
         assert left <= box.x0 and box.x1 <= right and low <= box.y0 and box.y1 <= high
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    title = axes.title.get_window_extent(renderer)
-    assert title.x0 >= 0 and title.x1 <= figure.bbox.x1 and title.y1 <= figure.bbox.y1
+    assert whole(figure)
 
 
 def test_of_many_positions_the_last_words_and_the_best_patches_are_drawn() -> None:
@@ -112,6 +119,7 @@ def test_the_word_of_a_patch_stands_where_its_pixels_came_from(shape: str) -> No
             left, top, right, bottom = roles.box_of_patch(*patch)
             (x0, y0), (x1, y1) = figure.axes[0].transData.transform([(left, bottom), (right, top)])
             assert x0 <= box.x0 and box.x1 <= x1 and y0 <= box.y0 and box.y1 <= y1
+    assert whole(figure)
     limits = (*figure.axes[0].get_xlim(), *figure.axes[0].get_ylim())
     left, top, right, bottom = roles.region()
     assert limits == (min(left, 0), max(right, picture.width), max(bottom, picture.height), min(top, 0))

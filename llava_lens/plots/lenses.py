@@ -147,8 +147,9 @@ def words_over_image(
     most = min(max((len(w) for w in grid.words[..., 0].flatten()), default=1), LONGEST)
     cell = float(np.clip((most + 1) * 7.5 * LETTER / 72 + 0.1, 0.4, 14.0 / cols))
     inch = cell * cols / (right - left)
+    alone = ax is None
     if ax is None:
-        ax = new_figure((x1 - x0) * inch + 0.3, (y1 - y0) * inch + 1.2).subplots()
+        ax = new_figure((x1 - x0) * inch + 0.3, (y1 - y0) * inch * 1.02 + 1.25).subplots()
     else:
         inch = min(_room(ax, x1 - x0, y1 - y0))
         cell = inch * (right - left) / cols
@@ -169,7 +170,7 @@ def words_over_image(
     thin = {"color": "white", "alpha": 0.6, "linewidth": 0.6}
     ax.vlines(np.linspace(left, right, cols + 1), top, bottom, **thin)
     ax.hlines(np.linspace(top, bottom, rows + 1), left, right, **thin)
-    ax.set(xlim=(x0, x1), ylim=(y1, y0), xticks=[], yticks=[], facecolor="0.88", aspect="equal")
+    ax.set(xlim=(x0, x1), ylim=(y1, y0), xticks=[], yticks=[], facecolor="0.88", aspect="equal", anchor="N")
     bar = figure.colorbar(
         mapped,
         ax=ax,
@@ -180,7 +181,7 @@ def words_over_image(
         label=plain(label),
     )
     bar.ax.tick_params(labelsize=8)
-    _title(ax, title or _said(grid))
+    _title(ax, title or _said(grid), alone)
     return figure
 
 
@@ -283,10 +284,18 @@ def _room(ax: Axes, columns: float | int, rows: float | int) -> tuple[float, flo
     return SHARE * box.width / dpi / columns, SHARE * box.height / dpi / rows
 
 
-def _title(ax: Axes, text: str) -> None:
-    """A title, on more lines where the figure is narrow."""
-    columns = int(_figure(ax).get_figwidth() / 0.085)
-    ax.set_title(textwrap.fill(plain(text), columns), fontsize=10)
+def _title(ax: Axes, text: str, alone: bool = False) -> None:
+    """A title, on more lines where the figure is narrow; the figure's own where the axes are `alone`.
+
+    Axes of a fixed shape settle after the layout made room for their title, so that it may stand outside.
+    """
+    figure = _figure(ax)
+    lines = textwrap.fill(plain(text), int(figure.get_figwidth() / 0.085))
+    if alone:
+        figure.set_layout_engine("constrained", h_pad=0.08)
+        figure.suptitle(lines, fontsize=10)
+    else:
+        ax.set_title(lines, fontsize=10)
 
 
 def _figure(ax: Axes) -> Figure:
