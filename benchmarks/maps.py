@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,32 @@ from llava_lens.tiny.questions import Question
 from llava_lens.tiny.scenes import Scene
 from llava_lens.tiny.vocabulary import COLORS, SHAPES
 
-FIRST = {"held_out": 4_000_000, "wrong": 5_000_000, "absent": 6_000_000}
+FIRST = {"held_out": 4_000_000, "other_kinds": 7_000_000, "wrong": 8_000_000, "absent": 6_000_000}
 """The first scene of each set; training takes seeds from 0, its tests from 1,000,000, pairs from 3,000,000."""
 ABOUT = {
     "held_out": "colour questions about one object of a scene; the contrast asks for another object's colour",
+    "other_kinds": "questions that are not about colours, as many of each kind: how many, is there, what shape, where",
     "wrong": "questions of every kind that the model answers wrong, about objects that are there",
     "absent": "the colour of a shape that is not there, answered with a colour that is: the mask is the object of it",
 }
 SETTINGS: dict[str, Any] = {"steps": 5, "k": (0.05, 0.1, 0.2), "max_bytes": 2**24, "seed": 0}
 CONTRASTS, SANITY, FEW = 100, 30, 30
 """How many scenes have a contrast, how many the randomised copy, and how many items the two other sets have."""
+OTHERS, OTHER_KINDS = 120, ("count", "exists", "shape", "where")
+"""How many questions of other kinds, and which."""
 SCANNED = 2000
 """The most scenes that are looked through for one of the other sets."""
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "lpi_top": [{"k": 1}, {"k": 10}],
     "occlusion": [{}, {"size": 3}],
     "rise": [{"n": 200}],
-    "integrated_gradients": [{"steps": 32}],
+    "gradient": [{}, {"at": "embedding"}],
+    "integrated_gradients": [
+        {"steps": 32},
+        {"at": "embedding", "steps": 32},
+        {"at": "embedding", "steps": 32, "of": "prob"},
+        {"at": "embedding", "steps": 4, "of": "prob"},
+    ],
     "causal_tracing": [{"repeats": 3}],
 }
 """Variants of a method, and options that keep the whole run in its budget; the other methods have their defaults."""
@@ -75,6 +85,17 @@ def held_out(model: Any, n: int, contrasts: int) -> list[MapItem]:
 def item(model: Any, scene: Scene, question: Question, name: str = "") -> MapItem:
     """A question about objects, with all their pixels."""
     return MapItem(model.prepare(question.text, scene.image), mask=mask_of(scene, question.about or ()), name=name)
+
+
+def other_kinds(model: Any, n: int) -> list[MapItem]:
+    """One question for each scene, the kinds in turn."""
+    items: list[MapItem] = []
+    for seed in range(FIRST["other_kinds"], FIRST["other_kinds"] + n):
+        scene, kind = render_scene(seed), OTHER_KINDS[seed % len(OTHER_KINDS)]
+        asked = [question for question in questions(scene) if question.kind == kind]
+        question = random.Random(seed).choice(asked)
+        items.append(item(model, scene, question, f"scene {seed}: {question.text}"))
+    return items
 
 
 def mask_of(scene: Scene, about: Sequence[int]) -> Any:
@@ -153,6 +174,7 @@ def summary(report: MapReport) -> dict[str, Any]:
 MEANS, PARTS = ("mean", "low", "high"), ("values", "low", "high")
 
 
+OVERALL = ("between", *(f"between/{operator}" for operator in OPERATORS))
 OF_OPERATORS = ("deletion", "insertion", "comprehensiveness@0.1", "sufficiency@0.1", "flips@0.1", "occlusion")
 OF_MASKS = ("pointing", "energy", "contrast_pointing", "contrast_moved", "contrast_correlation", "randomised_size")
 
@@ -165,11 +187,11 @@ def text(found: dict[str, Any]) -> str:
         parts += [f"### {name.replace('_', ' ').capitalize()}", f"{each['about'].capitalize()}. {counts}."]
         if "mean" in each:
             groups = [[f"{one}/{operator}" for one in OF_OPERATORS] for operator in OPERATORS]
-            parts += [table(each, names) for names in (*groups, OF_MASKS)]
-    held_out, facts = found["sets"]["held_out"], found["machine"]
+            parts += [table(each, names) for names in (OVERALL, *groups, OF_MASKS) if any(map(each["n"].get, names))]
+    costly, facts = next(each for each in found["sets"].values() if "costs" in each), found["machine"]
     rows = [
         [method, *("?" if v is None else f"{v * by:.4g}" for v, by in zip(costs, (1, 1, 1e3, 2**-20), strict=True))]
-        for method, costs in zip(held_out["methods"], held_out["costs"], strict=True)
+        for method, costs in zip(costly["methods"], costly["costs"], strict=True)
     ]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     return "\n\n".join(
@@ -220,21 +242,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scenes", type=int, default=200, help="held-out scenes")
     parser.add_argument("--quick", action="store_true", help="2 scenes: does everything work?")
     parser.add_argument("--json", metavar="FILE", help="write the summary there")
+    parser.add_argument("--sets", metavar="NAMES", default=",".join(ABOUT), help="only these, by comma (%(default)s)")
     parser.add_argument("--work", metavar="FOLDER", help="keep finished items there, and go on from them")
     given = parser.parse_args(argv)
     n, sanity = (2, 1) if given.quick else (given.scenes, SANITY)
-    few = min(n, FEW)
+    few, others = min(n, FEW), min(n, OTHERS)
     torch.set_num_threads(1)
     if given.work:
         Path(given.work).mkdir(parents=True, exist_ok=True)
     model = HookedLlava.tiny()
-    sets = {
-        "held_out": (held_out(model, n, CONTRASTS), {"scenes": n}),
-        "wrong": gathered(wrong(model), few, "looking for wrong answers"),
-        "absent": gathered(absent(model), few, "asking for what is not there"),
+    makers: dict[str, Callable[[], tuple[list[MapItem], dict[str, int]]]] = {
+        "held_out": lambda: (held_out(model, n, CONTRASTS), {"scenes": n}),
+        "other_kinds": lambda: (other_kinds(model, others), {"scenes": others}),
+        "wrong": lambda: gathered(wrong(model), few, "looking for wrong answers"),
+        "absent": lambda: gathered(absent(model), few, "asking for what is not there"),
     }
+    chosen = given.sets.split(",")
+    if unknown := [name for name in chosen if name not in makers]:
+        parser.error(f"no set {unknown[0]!r}; expected {', '.join(makers)}")
     found: dict[str, Any] = {"machine": machine("cpu"), "sets": {}}
-    for name, (items, counts) in sets.items():
+    for name in chosen:
+        items, counts = makers[name]()
         if not items:
             found["sets"][name] = {"about": ABOUT[name], "counts": counts}
             continue

@@ -376,6 +376,16 @@ def test_methods_and_operators_are_checked_before_anything_runs():
 # ---- the run on held-out scenes
 
 
+def test_the_area_between_both_curves_is_their_difference_and_its_mean_over_the_operators(report):
+    operators = report.method["operators"]
+    value = {name: report.items.values[..., i] for i, name in enumerate(report.measures)}
+    each = [value[f"insertion/{operator}"] - value[f"deletion/{operator}"] for operator in operators]
+    for operator, expected in zip(operators, each, strict=True):
+        torch.testing.assert_close(value[f"between/{operator}"], expected)
+    assert bool(value["between"].isfinite().all())
+    torch.testing.assert_close(value["between"], torch.stack(each).mean(0))
+
+
 def test_the_benchmarks_page_says_what_the_report_says(report):
     counts = {"scenes": 2}
     found = {
@@ -386,7 +396,7 @@ def test_the_benchmarks_page_says_what_the_report_says(report):
     assert "### Held out\n\nTwo scenes. 2 scenes." in page
     row = next(line for line in page.splitlines() if line.startswith("| attention") and "[" in line)
     low, high = ends(report.means)
-    at = report.methods.index("attention"), report.measures.index("deletion/pixel")
+    at = report.methods.index("attention"), report.measures.index("between")
     assert f"{float(report.means.values[at]):.3f}" in row and f"[{float(low[at]):.3f}, {float(high[at]):.3f}]" in row
     assert page.count("| chance") == 4  # for each operator's occlusion, and for the masks
 

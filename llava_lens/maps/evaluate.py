@@ -140,9 +140,10 @@ class Scorer:
     def measures(self) -> tuple[str, ...]:
         """The names of all measures, in the report's order."""
         at_k = [f"{name}@{share:.3g}" for share in self.k for name in ("comprehensiveness", "sufficiency", "flips")]
-        each = ["deletion", "insertion", "deletion_share", "insertion_share", *at_k, *["occlusion"] * self.occlusion]
+        areas = ["deletion", "insertion", "deletion_share", "insertion_share", "between"]
+        each = [*areas, *at_k, *["occlusion"] * self.occlusion]
         masked = [f"{name}/{operator}" for operator in self.operators for name in each]
-        return (*masked, "pointing", "energy", *CONTRAST, *(RANDOMISED if self.twin is not None else ()))
+        return ("between", *masked, "pointing", "energy", *CONTRAST, *(RANDOMISED if self.twin is not None else ()))
 
     def facts(self) -> dict[str, Any]:
         """What the numbers rest on."""
@@ -171,6 +172,8 @@ class Scorer:
             made = {label: self.made(case, label) for label in self.methods}
             maps = torch.stack([values for values, _ in made.values()])
             found = {name: values for operator in self.operators for name, values in self.masked(case, maps, operator)}
+            between = [found[f"between/{operator}"] for operator in self.operators]
+            found["between"] = torch.stack(between).mean(0)
             chance = {f"occlusion/{operator}": 0.0 for operator in self.operators}
             if (mask := item.mask) is not None:
                 found |= each_map(maps, of=lambda one: scoring.against(one, mask))

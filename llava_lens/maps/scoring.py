@@ -26,6 +26,7 @@ BETTER: dict[str, Literal["higher", "lower", "zero"]] = {
     "insertion": "higher",
     "deletion_share": "lower",
     "insertion_share": "higher",
+    "between": "higher",
     "comprehensiveness": "higher",
     "sufficiency": "lower",
     "flips": "higher",
@@ -225,7 +226,8 @@ def faithfulness(
     """Every measure that runs with patches taken out give, by name.
 
     `deletion`, `insertion`: area under the answer's probability (Petsiuk et al. 2018, arXiv 1806.07421); `…_share`:
-    the same with empty at 0 and full at 1, NaN where those differ by less than `FLOOR`. `comprehensiveness@k`,
+    the same with empty at 0 and full at 1, NaN where those differ by less than `FLOOR`. `between`: insertion minus
+    deletion, the area between both curves. `comprehensiveness@k`,
     `sufficiency@k`: probability lost without the top k and with the top k alone (DeYoung et al. 2020, arXiv
     1911.03429). `flips@k`: the likeliest token is another one without the top k. `occlusion`: rank correlation with
     what each patch alone takes away, 0 for a flat map.
@@ -238,6 +240,7 @@ def faithfulness(
         "insertion": insertion,
         "deletion_share": (deletion - found.empty) / share,
         "insertion_share": (insertion - found.empty) / share,
+        "between": insertion - deletion,
     }
     for each in k:
         at = found.at(each)
