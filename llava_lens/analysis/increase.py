@@ -20,6 +20,8 @@ from llava_lens.kernels import upcast
 
 CHUNK = {"cpu": 2**21, "cuda": 2**27}
 """How many logits are held at a time while increases are computed: what a processor's cache holds, or half a GiB."""
+FULL = 256
+"""Vectors at a time that a wide product needs to be fast, whatever a cache holds."""
 FAR = 40.0
 """Logits that rise further than this above their mean are summed as logarithms: their exponentials may overflow."""
 LARGEST = 50.0
@@ -114,7 +116,8 @@ class Base:
         self, coefficients: Float[Tensor, "cell k"], table: Float[Tensor, "k d_vocab"]
     ) -> Float[Tensor, " cell"]:
         """The same for vectors given as sums of some whose logits are in a table."""
-        rows = min(len(coefficients), max(1, CHUNK.get(table.device.type, CHUNK["cuda"]) // len(self.p)))
+        held = CHUNK.get(table.device.type, CHUNK["cuda"]) // len(self.p)
+        rows = min(len(coefficients), max(1, held, min(FULL, len(table) // 4)))
         logits = table.new_empty(rows, len(self.p))  # reused: fresh memory costs as much as the product
         parts = coefficients.split(max(1, rows))
         return torch.cat([self._shift(torch.mm(part, table, out=logits[: len(part)])) for part in parts])
