@@ -58,6 +58,13 @@ def test_the_interventions_pages_code_runs():
     exec(compile(block, "interventions.md", "exec"), {**given, "mask": scene.objects[0].mask})
 
 
+def test_the_attribution_pages_code_runs():
+    model = HookedLlava.tiny()
+    inputs = model.prepare("What is the color of the circle?", render_scene(1_000_003).image)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/attribution.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(block, "attribution.md", "exec"), {"model": model, "inputs": inputs})
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_runs_and_stays_short(example, tmp_path):
     assert len(example.read_text(encoding="utf-8").splitlines()) <= 70
