@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llava_lens import HookedLlava, LlavaCache
 from llava_lens.analysis import Scores, log_prob_increase, mean_attention, names_for
-from llava_lens.analysis.increase import shift
+from llava_lens.analysis.increase import Base, Vocabulary, shift
 from llava_lens.analysis.readout import Readout
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
@@ -144,7 +144,8 @@ def test_the_linear_form_is_the_gradient_and_never_below_the_increase(odd: str) 
     base = cache["resid_pre", 1][0, -1].clone().requires_grad_()
     readout.log_probs(base)[7].backward()
     assert base.grad is not None
-    torch.testing.assert_close(readout.gradient(base.detach(), 7), base.grad)
+    found = Base.of(Vocabulary.of(model), readout, base.detach(), 7, own=False)
+    torch.testing.assert_close(found.direction * found.factor, base.grad)
 
 
 def test_the_highest_cells_are_exact_and_said_to_be() -> None:

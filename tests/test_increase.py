@@ -187,6 +187,18 @@ def test_far_moves_neither_overflow_nor_lose_what_was_improbable() -> None:
     torch.testing.assert_close(shift(delta.clone(), log_p, 5).double(), wanted, atol=1e-4, rtol=1e-6)
 
 
+def test_a_vector_that_takes_its_stream_back_to_nothing_leaves_uniform_words() -> None:
+    generator = torch.Generator().manual_seed(4)
+    rows, x = torch.randn(200, 16, generator=generator), torch.randn(16, generator=generator)
+    base = Base.of(Vocabulary(rows), Readout(rows, torch.ones(16), x, 1e-5), x, 9, own=True)
+    y = torch.stack([-x, 1e-4 * x, -x + 1e-3 * rows[9]])
+    after = ((x + y).double() / ((x + y).double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()) @ rows.double().T
+    found = base.increase(base.moved(y)).double()
+    wanted = after.log_softmax(-1)[:, 9] - base.log_p.double()[9]
+    torch.testing.assert_close(found[:2], wanted[:2], atol=1e-5, rtol=0)
+    assert torch.isfinite(found).all()
+
+
 def test_a_sum_shares_its_tolerance_and_leaves_as_many_cells_as_it_can() -> None:
     bound = torch.tensor([[[1.0, 4.0], [2.0, 0.1]], [[3.0, 0.2], [0.5, float("nan")]]])
     candidates = torch.ones_like(bound, dtype=torch.bool)

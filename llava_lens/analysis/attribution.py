@@ -17,7 +17,6 @@ from torch import Tensor
 
 from llava_lens.analysis.answers import Several, Word, predicted_at, tokens_of, told
 from llava_lens.analysis.cells import Screen, certain, largest, left_over, to_settle
-from llava_lens.analysis.cells import screen as screen
 from llava_lens.analysis.increase import Base, Vocabulary
 from llava_lens.analysis.query import By, Place, Query
 from llava_lens.analysis.scores import Scores, stacked

@@ -37,11 +37,6 @@ class Parts:
             return cls(query.neurons(layer)[None], None)
         return cls(query.mixtures(layer, by), query.W_O(layer))
 
-    def along(self, query: Query, layer: int, by: By, gradient: Float[Tensor, " d_model"]) -> tuple[Tensor, float]:
-        """The product of every cell with a gradient, and how far they with the bias miss what the layer adds in all."""
-        linear, (added, bias) = self.read(gradient), query.added(layer, by)
-        return linear, abs(float(linear.sum() + bias @ gradient - added @ gradient))
-
     def read(self, vector: Float[Tensor, " d_model"]) -> Float[Tensor, "group cell"]:
         """The product of every cell with one vector."""
         if self.basis is None:
@@ -111,7 +106,9 @@ class Screen:
             x = query.base(layer)
             x = x + query.at(layer, "hook_attn_out") if by == "neuron" else x
             base, parts = Base.of(vocabulary, query.readout, x, query.token, own), Parts.of(query, layer, by)
-            misses.append(parts.along(query, layer, by, base.direction * base.factor)[1])
+            added, bias = query.added(layer, by)
+            miss = parts.read(base.direction).sum() - (added - bias) @ base.direction
+            misses.append(base.factor * abs(float(miss)))
             moved = parts.moved(base)
             linears.append(moved.read(base.direction))
             squares.append(moved.squared())
@@ -141,12 +138,6 @@ class Screen:
             if bool(chosen[layer].any()):
                 values[layer][chosen[layer]] = self.parts(layer).exact(base, chosen[layer])
         return values
-
-
-def screen(query: Query, by: By) -> tuple[Values, float]:
-    """Every cell along the query's gradient, and how far they with the bias miss what their layer adds, at worst."""
-    found = [Parts.of(query, i, by).along(query, i, by, query.gradient(i)) for i in range(query.n_layers)]
-    return torch.stack([linear for linear, _ in found]), max(miss for _, miss in found)
 
 
 def to_settle(bound: Values, candidates: Chosen, tolerance: float, summed: bool) -> Chosen:

@@ -100,6 +100,7 @@ class Base:
         if not self.own:
             return torch.full_like(dot, self.factor), torch.zeros_like(dot)
         grown = (2 * dot + square) * (self.factor**2 / len(self.x))
+        grown = grown.clamp(min=torch.finfo(grown.dtype).eps - 1)  # a stream that y takes back to nothing
         change = self.factor * torch.expm1(-0.5 * torch.log1p(grown))
         return self.factor + change, change
 

@@ -130,10 +130,6 @@ class Query(Place):
         """The stream that a layer's attention is added to."""
         return self.at(layer, "hook_resid_pre")
 
-    def gradient(self, layer: int) -> Float[Tensor, " d_model"]:
-        """The direction of the linear form in a layer."""
-        return self.readout.gradient(self.base(layer), self.token)
-
     def mixtures(self, layer: int, by: By) -> Float[Tensor, "head source d_head"]:
         """What each head mixes before its output matrix: from every position, or all together as one source."""
         if by == "head":

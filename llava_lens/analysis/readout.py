@@ -49,8 +49,3 @@ class Readout:
     def log_probs(self, y: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
         """`log softmax z(y)`."""
         return self.logits(y).log_softmax(-1)
-
-    def gradient(self, base: Float[Tensor, " d_model"], token: int) -> Float[Tensor, " d_model"]:
-        """`G_b`, the gradient of `log softmax(z(b))[token]` by `b`; `<y, G_b>` is never below the increase."""
-        expected = self.log_probs(base).exp() @ self.unembed
-        return self.scale * self.gain * (self.unembed[token] - expected)
