@@ -168,7 +168,7 @@ def start_of(model: Any, given: argparse.Namespace) -> str:
     """The start of the answer that stands in the prompt: the stem, and with `--several all` all tokens but the last."""
     if given.several != "all" or given.answer is None:
         return given.stem
-    from llava_lens.analysis.answers import tokens_of
+    from llava_lens.analysis.attribution.answers import tokens_of
 
     before = tokens_of(model, given.answer, "all")[:-1]
     return " ".join(part for part in (given.stem, model.tokenizer.decode(before)) if part)

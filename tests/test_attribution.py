@@ -15,8 +15,8 @@ from torch import Tensor
 
 from llava_lens import HookedLlava, LlavaCache
 from llava_lens.analysis import Scores, log_prob_increase, mean_attention, names_for
-from llava_lens.analysis.increase import Base, Vocabulary, shift
-from llava_lens.analysis.readout import Readout
+from llava_lens.analysis.attribution.increase import Base, Vocabulary, shift
+from llava_lens.analysis.attribution.readout import Readout
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
 from llava_lens.roles import Picture, Roles

@@ -12,9 +12,9 @@ from brute_force import brute_force, by_hand, hooked, images_before, inputs_of
 from torch import Tensor
 
 from llava_lens import HookedLlava, Inputs
-from llava_lens.analysis.attribution_patch import Screened, attribution_patch
-from llava_lens.analysis.grid import Cell, Grid, Reach
-from llava_lens.analysis.patch import patch
+from llava_lens.analysis.interventions.attribution_patch import Screened, attribution_patch
+from llava_lens.analysis.interventions.grid import Cell, Grid, Reach
+from llava_lens.analysis.interventions.patch import patch
 from llava_lens.analysis.scores import Scores
 from llava_lens.errors import LensError
 from llava_lens.sweep import Row, kl, log_prob, logit_diff, recovery, run_cells, settle

@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter
 from test_inputs import setup
 
 from llava_lens import HookedLlava, Inputs
-from llava_lens.analysis.corruptions import (
+from llava_lens.analysis.interventions.corruptions import (
     Corruption,
     blur,
     embeddings,
@@ -25,8 +25,8 @@ from llava_lens.analysis.corruptions import (
     resample,
     text_swap,
 )
-from llava_lens.analysis.study import read
-from llava_lens.analysis.where import Patches
+from llava_lens.analysis.interventions.study import read
+from llava_lens.analysis.interventions.where import Patches
 from llava_lens.errors import LensError
 from llava_lens.inputs import prepare
 from llava_lens.sweep import Row

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llava_lens import HookedLlava, LlavaCache
 from llava_lens.analysis import attribution_names, direct_logit_attribution
-from llava_lens.analysis.direct import AXES
+from llava_lens.analysis.attribution.direct import AXES
 from llava_lens.errors import LensError
 from llava_lens.tiny import questions, render_scene
 from llava_lens.tiny.evaluate import HELD_OUT

@@ -12,7 +12,7 @@ from brute_force import hooked, images_before, inputs_of
 from torch import Tensor
 
 from llava_lens import HookedLlava, Inputs
-from llava_lens.analysis.edges import edge_attribution
+from llava_lens.analysis.interventions.edges import edge_attribution
 from llava_lens.analysis.scores import Scores
 from llava_lens.errors import LensError
 from llava_lens.sweep import logit_diff, recovery

@@ -13,8 +13,8 @@ from random_models import example, hf_llava
 
 from llava_lens import HookedLlava, Inputs, explain
 from llava_lens.analysis import log_prob_increase, mean_attention
-from llava_lens.analysis.direct import direct_logit_attribution
-from llava_lens.analysis.lens import logit_lens
+from llava_lens.analysis.attribution.direct import direct_logit_attribution
+from llava_lens.analysis.lenses.lens import logit_lens
 from llava_lens.errors import LensError
 from llava_lens.maps import importance_map
 from llava_lens.tiny import render_scene

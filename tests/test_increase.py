@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.cases.increase import dense
 from llava_lens import HookedLlava, LlavaCache
 from llava_lens.analysis import log_prob_increase, names_for
-from llava_lens.analysis.cells import Screen, largest, left_over, parted, to_settle
-from llava_lens.analysis.increase import Base, Vocabulary, cheap_bound, shift, tight_bound
-from llava_lens.analysis.query import Query
-from llava_lens.analysis.readout import Readout
+from llava_lens.analysis.attribution.cells import Screen, largest, left_over, parted, to_settle
+from llava_lens.analysis.attribution.increase import Base, Vocabulary, cheap_bound, shift, tight_bound
+from llava_lens.analysis.attribution.query import Query
+from llava_lens.analysis.attribution.readout import Readout
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
 

@@ -12,8 +12,9 @@ from random_models import example, hf_llama, hf_llava
 from torch import Tensor
 
 from llava_lens import HookedLlava, LlavaCache
-from llava_lens.analysis import Lens, logit_lens, names_for_lens, tower_lens, visual_words, words
-from llava_lens.analysis.readout import Readout
+from llava_lens.analysis import Lens, logit_lens, names_for_lens, tower_lens, visual_words
+from llava_lens.analysis.attribution.readout import Readout
+from llava_lens.analysis.lenses import words
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
 from llava_lens.tiny import questions, render_scene

@@ -18,7 +18,7 @@ from random_models import hf_llava
 from torch import Tensor
 
 from llava_lens import HookedLlava, Inputs
-from llava_lens.analysis.corruptions import gaussian, mean_embedding
+from llava_lens.analysis.interventions.corruptions import gaussian, mean_embedding
 from llava_lens.errors import LensError
 from llava_lens.maps import METHODS, Case, Masking, importance_map
 from llava_lens.maps.perturbation import random_masks

@@ -13,7 +13,7 @@ from transformer_lens.utilities import get_act_name
 
 from llava_lens import HookedLlava, Inputs
 from llava_lens.analysis import Patches, Scores, back_patch, kl, log_prob, logit_diff, patch, recovery
-from llava_lens.analysis.study import check_pair
+from llava_lens.analysis.interventions.study import check_pair
 from llava_lens.errors import LensError, UnknownHook
 from llava_lens.tiny import render_scene
 

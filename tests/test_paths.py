@@ -13,7 +13,7 @@ from brute_force import hooked, inputs_of
 from torch import Tensor
 
 from llava_lens import HookedLlava, Inputs
-from llava_lens.analysis.paths import path_patch, spelled
+from llava_lens.analysis.interventions.paths import path_patch, spelled
 from llava_lens.errors import LensError
 from llava_lens.hooks import reader
 from llava_lens.sweep import logit_diff

@@ -12,7 +12,7 @@ from brute_force import brute_force, by_hand, hooked, images_before, inputs_of
 from torch import Tensor
 
 from llava_lens import HookedLlava, Inputs
-from llava_lens.analysis.steer import generate_with, run_with_edits, steer, steering, steering_vector
+from llava_lens.analysis.interventions.steer import generate_with, run_with_edits, steer, steering, steering_vector
 from llava_lens.errors import LensError, UnknownHook
 from llava_lens.generate import Draft
 from llava_lens.hooks import reader

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from llava_lens import HookedLlava, LlavaCache
 from llava_lens.analysis import attribution_names, direct_logit_attribution, tower_attribution
-from llava_lens.analysis.features import Picture
-from llava_lens.analysis.tower import AXES, into_projector, parts
+from llava_lens.analysis.attribution.features import Picture
+from llava_lens.analysis.attribution.tower import AXES, into_projector, parts
 from llava_lens.config import ACTIVATIONS
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs

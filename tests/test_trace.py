@@ -17,7 +17,8 @@ from scipy.ndimage import gaussian_filter
 from word_tokenizer import word_tokenizer
 
 from llava_lens import HookedLlava, Inputs
-from llava_lens.analysis.corruptions import (
+from llava_lens.analysis.intervals import bootstrap
+from llava_lens.analysis.interventions.corruptions import (
     Corruption,
     blur,
     gaussian,
@@ -27,9 +28,8 @@ from llava_lens.analysis.corruptions import (
     resample,
     text_swap,
 )
-from llava_lens.analysis.intervals import bootstrap
-from llava_lens.analysis.trace import causal_trace
-from llava_lens.analysis.where import Patches
+from llava_lens.analysis.interventions.trace import causal_trace
+from llava_lens.analysis.interventions.where import Patches
 from llava_lens.errors import LensError
 from llava_lens.sweep import Edit, recovery
 from llava_lens.sweep.journal import digest

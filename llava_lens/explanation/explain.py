@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.account import attribution_names
-from llava_lens.analysis.answers import Several, Word, tokens_of
-from llava_lens.analysis.attribution import log_prob_increase, mean_attention, names_for
-from llava_lens.analysis.direct import direct_logit_attribution
-from llava_lens.analysis.lens import logit_lens, names_for_lens
-from llava_lens.analysis.words import word_of
+from llava_lens.analysis.attribution.account import attribution_names
+from llava_lens.analysis.attribution.answers import Several, Word, tokens_of
+from llava_lens.analysis.attribution.direct import direct_logit_attribution
+from llava_lens.analysis.attribution.log_prob import log_prob_increase, mean_attention, names_for
+from llava_lens.analysis.lenses.lens import logit_lens, names_for_lens
+from llava_lens.analysis.lenses.words import word_of
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError, nearest
 from llava_lens.explanation.findings import LISTED

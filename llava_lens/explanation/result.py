@@ -13,8 +13,8 @@ from typing import Any
 
 from llava_lens.analysis import markup
 from llava_lens.analysis.files import write_together
+from llava_lens.analysis.lenses.words import Lens
 from llava_lens.analysis.scores import Entry, Scores
-from llava_lens.analysis.words import Lens
 from llava_lens.explanation import findings
 from llava_lens.roles import Roles
 

@@ -13,7 +13,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.where import layers_of
+from llava_lens.analysis.interventions.where import layers_of
 from llava_lens.errors import LensError
 from llava_lens.hooks import reader
 from llava_lens.kernels import upcast

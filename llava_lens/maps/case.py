@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llava_lens.analysis.answers import Several, Word, tokens_of, told
-from llava_lens.analysis.study import read, row_of
+from llava_lens.analysis.attribution.answers import Several, Word, tokens_of, told
+from llava_lens.analysis.interventions.study import read, row_of
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
 from llava_lens.kernels import upcast

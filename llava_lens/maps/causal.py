@@ -12,10 +12,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.attribution_patch import attribution_patch
-from llava_lens.analysis.corruptions import Corruption, gaussian
-from llava_lens.analysis.study import Direction
-from llava_lens.analysis.trace import causal_trace
+from llava_lens.analysis.interventions.attribution_patch import attribution_patch
+from llava_lens.analysis.interventions.corruptions import Corruption, gaussian
+from llava_lens.analysis.interventions.study import Direction
+from llava_lens.analysis.interventions.trace import causal_trace
 from llava_lens.errors import LensError
 from llava_lens.maps.case import Case
 from llava_lens.maps.masking import masked_pictures

@@ -14,9 +14,9 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.attribution import TOLERANCE, log_prob_increase, names_for
-from llava_lens.analysis.query import Place
-from llava_lens.analysis.where import layers_of
+from llava_lens.analysis.attribution.log_prob import TOLERANCE, log_prob_increase, names_for
+from llava_lens.analysis.attribution.query import Place
+from llava_lens.analysis.interventions.where import layers_of
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError
 from llava_lens.hooks import reader

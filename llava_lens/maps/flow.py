@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.gradients import on_graph
+from llava_lens.analysis.interventions.gradients import on_graph
 from llava_lens.errors import LensError
 from llava_lens.kernels import upcast
 from llava_lens.maps.case import Case

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_lens.analysis.answers import Several, Word
-from llava_lens.analysis.attribution import joined
+from llava_lens.analysis.attribution.answers import Several, Word
+from llava_lens.analysis.attribution.log_prob import joined
+from llava_lens.analysis.interventions.study import read, row_of
 from llava_lens.analysis.scores import Scores
-from llava_lens.analysis.study import read, row_of
 from llava_lens.errors import LensError, nearest
 from llava_lens.kernels import upcast
 from llava_lens.maps import attention, causal, direct, floors, flow, gradients, perturbation, relevancy

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from llava_lens.analysis.study import read
+from llava_lens.analysis.interventions.study import read
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
 from llava_lens.maps.case import Case

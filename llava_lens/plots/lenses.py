@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from llava_lens.analysis.lenses.words import UNITS, Lens
 from llava_lens.analysis.scores import Scores
-from llava_lens.analysis.words import UNITS, Lens
 from llava_lens.errors import LensError
 from llava_lens.images import load_image
 from llava_lens.plots.canvas import colour_limits, new_figure, plain

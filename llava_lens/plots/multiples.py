@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llava_lens.analysis.query import Place
+from llava_lens.analysis.attribution.query import Place
 from llava_lens.analysis.scores import Scores
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from llava_lens.analysis.grid import Grid
+from llava_lens.analysis.interventions.grid import Grid
 from llava_lens.analysis.scores import Scores, stacked
 from llava_lens.errors import LensError, nearest
 from llava_lens.inputs import Inputs

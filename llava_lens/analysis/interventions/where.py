@@ -173,7 +173,7 @@ class Ground:
             cols = self.model.cfg.vision.grid[1]
             class_token = ("class token",) * self.class_token
             return (*class_token, *(f"patch {divmod(i, cols)}" for i in range(self.model.cfg.vision.n_patches)))
-        from llava_lens.analysis.query import names_of
+        from llava_lens.analysis.attribution.query import names_of
 
         return names_of(self.row.roles) if self.row.roles is not None else tuple(range(self.row.n_columns))
 

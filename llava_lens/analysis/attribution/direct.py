@@ -11,10 +11,10 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.account import Answers, Asked, beside, need, one_of, rebuilt
-from llava_lens.analysis.answers import Several
-from llava_lens.analysis.attribution import joined, rows_of
-from llava_lens.analysis.query import Place
+from llava_lens.analysis.attribution.account import Answers, Asked, beside, need, one_of, rebuilt
+from llava_lens.analysis.attribution.answers import Several
+from llava_lens.analysis.attribution.log_prob import joined, rows_of
+from llava_lens.analysis.attribution.query import Place
 from llava_lens.analysis.scores import Label, Scores
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError

@@ -15,10 +15,10 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.gradients import Graph, base_of, change, on_graph, slope_of
+from llava_lens.analysis.interventions.gradients import Graph, base_of, change, on_graph, slope_of
+from llava_lens.analysis.interventions.study import Direction, Running, Turn, each_row, facts_of, read_pair
+from llava_lens.analysis.interventions.where import Ground
 from llava_lens.analysis.scores import Scores
-from llava_lens.analysis.study import Direction, Running, Turn, each_row, facts_of, read_pair
-from llava_lens.analysis.where import Ground
 from llava_lens.errors import LensError, nearest
 from llava_lens.kernels import upcast
 from llava_lens.sweep.base import Base

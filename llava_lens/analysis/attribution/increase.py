@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.readout import Readout
+from llava_lens.analysis.attribution.readout import Readout
 from llava_lens.kernels import upcast
 
 CHUNK = {"cpu": 2**21, "cuda": 2**27}

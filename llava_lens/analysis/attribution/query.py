@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.readout import Readout
+from llava_lens.analysis.attribution.readout import Readout
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError
 from llava_lens.kernels import repeat_heads, upcast

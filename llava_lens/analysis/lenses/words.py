@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from llava_lens.analysis.answers import Word, tokens_of, told
-from llava_lens.analysis.query import Place
-from llava_lens.analysis.readout import MAX_LOGITS, Readout
+from llava_lens.analysis.attribution.answers import Word, tokens_of, told
+from llava_lens.analysis.attribution.query import Place
+from llava_lens.analysis.attribution.readout import MAX_LOGITS, Readout
 from llava_lens.analysis.scores import Scores, stacked
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError, nearest

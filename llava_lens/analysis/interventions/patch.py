@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
-from llava_lens.analysis.grid import Cell, Grid, Reach, Sweep
+from llava_lens.analysis.interventions.grid import Cell, Grid, Reach, Sweep
+from llava_lens.analysis.interventions.study import Direction, Running, Turn, each_row, read, read_pair, taken
+from llava_lens.analysis.interventions.where import Ground, layers_of
 from llava_lens.analysis.scores import Scores
-from llava_lens.analysis.study import Direction, Running, Turn, each_row, read, read_pair, taken
-from llava_lens.analysis.where import Ground, layers_of
 from llava_lens.sweep.edits import Edit
 
 

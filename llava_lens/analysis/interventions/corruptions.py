@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.study import check_pair, read
-from llava_lens.analysis.swap import require, swapped
-from llava_lens.analysis.where import Ground
+from llava_lens.analysis.interventions.study import check_pair, read
+from llava_lens.analysis.interventions.swap import require, swapped
+from llava_lens.analysis.interventions.where import Ground
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
 from llava_lens.kernels import upcast

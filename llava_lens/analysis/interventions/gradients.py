@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llava_lens import kernels
-from llava_lens.analysis.grid import Grid
+from llava_lens.analysis.interventions.grid import Grid
 from llava_lens.errors import LensError
 from llava_lens.kernels import upcast
 from llava_lens.layers import Angles, Mask

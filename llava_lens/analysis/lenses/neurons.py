@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.answers import Word
-from llava_lens.analysis.attribution import log_prob_increase, rows_of
-from llava_lens.analysis.heads import head_of, layer_of
-from llava_lens.analysis.lens import need
-from llava_lens.analysis.query import Place
+from llava_lens.analysis.attribution.answers import Word
+from llava_lens.analysis.attribution.log_prob import log_prob_increase, rows_of
+from llava_lens.analysis.attribution.query import Place
+from llava_lens.analysis.lenses.heads import head_of, layer_of
+from llava_lens.analysis.lenses.lens import need
+from llava_lens.analysis.lenses.words import STREAM, UNITS, Lens, Reader, asked, facts_of, last_stream
 from llava_lens.analysis.scores import Scores
-from llava_lens.analysis.words import STREAM, UNITS, Lens, Reader, asked, facts_of, last_stream
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError
 from llava_lens.kernels import rotate, upcast

@@ -13,10 +13,10 @@ from typing import Any, Unpack
 
 import torch
 
-from llava_lens.analysis.corruptions import EMBED, Corruption, gaussian
-from llava_lens.analysis.grid import Grid, Reach, Sweep
+from llava_lens.analysis.interventions.corruptions import EMBED, Corruption, gaussian
+from llava_lens.analysis.interventions.grid import Grid, Reach, Sweep
+from llava_lens.analysis.interventions.study import Running, Turn, check_pair, each_row, over_repeats, read, taken
 from llava_lens.analysis.scores import Scores
-from llava_lens.analysis.study import Running, Turn, check_pair, each_row, over_repeats, read, taken
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
 from llava_lens.sweep.edits import FRONT
@@ -44,7 +44,8 @@ def causal_trace(
 ) -> Scores:
     """Restore clean activations in a corrupted run, one cell at a time; `Scores` of the metric (arXiv 2202.05262).
 
-    `corruption` is one of `llava_lens.analysis.corruptions`, by default `gaussian(3.0)` on the pictures' embeddings.
+    `corruption` is one of `llava_lens.analysis.interventions.corruptions`, by default `gaussian(3.0)` on the pictures'
+    embeddings.
     `restore` is a hook as in `patch`: "resid_pre", "resid_mid", "resid_post" for states; "attn_out" or "mlp_out" with
     `window=10` for the attention or the MLPs of ten layers; "z" with a sweep over heads. Hooks of tower and projector
     can be restored where the pictures themselves are corrupted.

@@ -15,9 +15,9 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from llava_lens.analysis.increase import Base, Vocabulary, cheap_bound, tight_bound
-from llava_lens.analysis.query import By, Query
-from llava_lens.analysis.readout import MAX_LOGITS
+from llava_lens.analysis.attribution.increase import Base, Vocabulary, cheap_bound, tight_bound
+from llava_lens.analysis.attribution.query import By, Query
+from llava_lens.analysis.attribution.readout import MAX_LOGITS
 
 Values = Float[Tensor, "layer group cell"]
 Chosen = Bool[Tensor, "layer group cell"]

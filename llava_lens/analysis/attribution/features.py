@@ -14,9 +14,9 @@ from einops import einsum, rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.account import Asked, beside
-from llava_lens.analysis.direct import Rest
-from llava_lens.analysis.query import Place
+from llava_lens.analysis.attribution.account import Asked, beside
+from llava_lens.analysis.attribution.direct import Rest
+from llava_lens.analysis.attribution.query import Place
 from llava_lens.cache import LlavaCache
 from llava_lens.config import VisionConfig
 from llava_lens.errors import LensError

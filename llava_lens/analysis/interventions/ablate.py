@@ -14,9 +14,9 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor
 
-from llava_lens.analysis.grid import Reach, Sweep
+from llava_lens.analysis.interventions.grid import Reach, Sweep
+from llava_lens.analysis.interventions.study import Running, Turn, each_row, over_repeats, read, taken
 from llava_lens.analysis.scores import Scores
-from llava_lens.analysis.study import Running, Turn, each_row, over_repeats, read, taken
 from llava_lens.errors import LensError, nearest
 from llava_lens.inputs import Inputs
 from llava_lens.sweep.base import Base

@@ -13,11 +13,18 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llava_lens.analysis.account import Answers, Asked, attribution_names, beside, need, rebuilt
-from llava_lens.analysis.answers import Several
-from llava_lens.analysis.attribution import joined, rows_of
-from llava_lens.analysis.direct import Rest, component_names
-from llava_lens.analysis.features import Features, Picture, by_all_paths, directly, read_by_heads, same_stream
+from llava_lens.analysis.attribution.account import Answers, Asked, attribution_names, beside, need, rebuilt
+from llava_lens.analysis.attribution.answers import Several
+from llava_lens.analysis.attribution.direct import Rest, component_names
+from llava_lens.analysis.attribution.features import (
+    Features,
+    Picture,
+    by_all_paths,
+    directly,
+    read_by_heads,
+    same_stream,
+)
+from llava_lens.analysis.attribution.log_prob import joined, rows_of
 from llava_lens.analysis.scores import Scores
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError

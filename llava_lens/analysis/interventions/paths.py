@@ -17,9 +17,9 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.grid import Cell, Grid, Reach, Sweep
+from llava_lens.analysis.interventions.grid import Cell, Grid, Reach, Sweep
+from llava_lens.analysis.interventions.study import Direction, Running, Turn, each_row, read_pair
 from llava_lens.analysis.scores import Scores
-from llava_lens.analysis.study import Direction, Running, Turn, each_row, read_pair
 from llava_lens.errors import LensError, nearest
 from llava_lens.kernels import upcast
 from llava_lens.layers import Attention, Block

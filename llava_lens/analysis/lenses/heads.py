@@ -12,12 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.answers import Word
-from llava_lens.analysis.attribution import rows_of
-from llava_lens.analysis.lens import need, scale_of
-from llava_lens.analysis.query import Place
-from llava_lens.analysis.scores import Scores
-from llava_lens.analysis.words import (
+from llava_lens.analysis.attribution.answers import Word
+from llava_lens.analysis.attribution.log_prob import rows_of
+from llava_lens.analysis.attribution.query import Place
+from llava_lens.analysis.lenses.lens import need, scale_of
+from llava_lens.analysis.lenses.words import (
     STREAM,
     UNITS,
     Chosen,
@@ -29,6 +28,7 @@ from llava_lens.analysis.words import (
     last_stream,
     same_shape,
 )
+from llava_lens.analysis.scores import Scores
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError
 from llava_lens.kernels import upcast

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_lens.analysis.interventions.where import Ground, layers_of, windows
 from llava_lens.analysis.scores import Scores
-from llava_lens.analysis.where import Ground, layers_of, windows
 from llava_lens.errors import LensError, nearest
 from llava_lens.sweep.edits import AXES, Edit, Places, axes_of, places
 from llava_lens.sweep.rows import Row

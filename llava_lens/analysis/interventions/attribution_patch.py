@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.gradients import (
+from llava_lens.analysis.interventions.gradients import (
     Graph,
     Slope,
     attention_names,
@@ -25,9 +25,9 @@ from llava_lens.analysis.gradients import (
     slope_of,
     through_softmax,
 )
-from llava_lens.analysis.grid import Grid, Reach, Sweep
+from llava_lens.analysis.interventions.grid import Grid, Reach, Sweep
+from llava_lens.analysis.interventions.study import Direction, Running, Turn, each_row, facts_of, read_pair, taken
 from llava_lens.analysis.scores import Label, Scores, stacked
-from llava_lens.analysis.study import Direction, Running, Turn, each_row, facts_of, read_pair, taken
 from llava_lens.analysis.tables import SHOWN, _brief, _table
 from llava_lens.errors import LensError
 from llava_lens.sweep.base import Base

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, Unpack
 
-from llava_lens.analysis.grid import Cell, Grid, Sweep
+from llava_lens.analysis.interventions.grid import Cell, Grid, Sweep
+from llava_lens.analysis.interventions.study import Running, Turn, each_row, read, row_of
+from llava_lens.analysis.interventions.where import Ground, layers_of, windows
 from llava_lens.analysis.scores import Scores
-from llava_lens.analysis.study import Running, Turn, each_row, read, row_of
-from llava_lens.analysis.where import Ground, layers_of, windows
 from llava_lens.errors import LensError, nearest
 from llava_lens.sweep.edits import SCORES, Edit, Places, block_attention, places
 from llava_lens.sweep.rows import Row

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from llava_lens.analysis.answers import Several, Word, predicted_at, tokens_of, told
-from llava_lens.analysis.cells import Screen, certain, largest, left_over, to_settle
-from llava_lens.analysis.increase import Base, Vocabulary
-from llava_lens.analysis.query import By, Place, Query
+from llava_lens.analysis.attribution.answers import Several, Word, predicted_at, tokens_of, told
+from llava_lens.analysis.attribution.cells import Screen, certain, largest, left_over, to_settle
+from llava_lens.analysis.attribution.increase import Base, Vocabulary
+from llava_lens.analysis.attribution.query import By, Place, Query
 from llava_lens.analysis.scores import Scores, stacked
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError, nearest

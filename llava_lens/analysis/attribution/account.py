@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.answers import Several, Word, predicted_at, tokens_of, told
-from llava_lens.analysis.query import Place
+from llava_lens.analysis.attribution.answers import Several, Word, predicted_at, tokens_of, told
+from llava_lens.analysis.attribution.query import Place
 from llava_lens.analysis.scores import Label, Scores
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError, nearest

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.grid import SWEEPS, Grid, Reach, Sweep
+from llava_lens.analysis.interventions.grid import SWEEPS, Grid, Reach, Sweep
+from llava_lens.analysis.interventions.study import Running, Turn, each_row, read, row_of
+from llava_lens.analysis.interventions.where import Ground, layers_of
 from llava_lens.analysis.scores import Scores
-from llava_lens.analysis.study import Running, Turn, each_row, read, row_of
-from llava_lens.analysis.where import Ground, layers_of
 from llava_lens.errors import LensError, nearest
 from llava_lens.inputs import Inputs
 from llava_lens.kernels import upcast

@@ -14,12 +14,11 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.answers import Word
-from llava_lens.analysis.attribution import rows_of
-from llava_lens.analysis.query import Place
-from llava_lens.analysis.readout import Readout
-from llava_lens.analysis.scores import Scores
-from llava_lens.analysis.words import (
+from llava_lens.analysis.attribution.answers import Word
+from llava_lens.analysis.attribution.log_prob import rows_of
+from llava_lens.analysis.attribution.query import Place
+from llava_lens.analysis.attribution.readout import Readout
+from llava_lens.analysis.lenses.words import (
     STREAM,
     UNITS,
     Chosen,
@@ -32,6 +31,7 @@ from llava_lens.analysis.words import (
     last_stream,
     same_shape,
 )
+from llava_lens.analysis.scores import Scores
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError, nearest
 from llava_lens.inputs import Inputs

@@ -1,0 +1,1 @@
+"""What happens to the answer if something in the run is changed."""

@@ -1,0 +1,1 @@
+"""Streams, image features, heads and neurons read as words."""
