@@ -1,13 +1,13 @@
-"""Our own map: what flows from each patch to the answer through all layers, seen where the answer is still undecided.
+"""Our own map: what flows from each patch to the answer through all layers, while the answer is still undecided.
 
-Unusual: the direct maps miss the way image → question → last position, and plain gradients die where the answer is
-sure. Here gradients pass through values alone, with attention, norms and gates held as observed, so that they carry
-what was moved; and a second look at the dimmed picture, where the answer is not yet decided, says what it hangs on.
+Unusual: the direct maps miss the way image → question → last position, and gradients die where the answer is sure. Here
+gradients pass through values alone, with attention, norms and gates held as observed, so that they carry what is moved;
+and they are taken at dimmed pictures, on the way from no picture to the whole one, where the answer hangs on them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,30 +31,30 @@ def value_path(case: Case) -> Float[Tensor, " patch"]:
     (the rules are those of AttnLRP, arXiv 2402.05602). With a second answer, of the difference of the logits.
     """
     case.count(forward=1, backward=1)
-    return pull(case, case.stream, lambda logits: aim(case, logits))[case.patches]
+    gradient = pull(case, case.stream, lambda logits: aim(case, logits))
+    return by_token(gradient, case.stream)[case.patches]
 
 
-def flow(case: Case, *, dim: float = 0.3) -> Float[Tensor, " patch"]:
-    """The geometric mean of two value paths: at the whole picture, and at the dimmed one.
+def flow(case: Case, *, dims: Sequence[float | int] = (0.3, 0.6)) -> Float[Tensor, " patch"]:
+    """`<∂ p / ∂ e, e − mean>` of the answer's probability `p`, through values only, averaged over dimmed pictures.
 
-    The first is `value_path`. The second is the gradient of the score, again through values alone, at the picture whose
-    image tokens keep only the share `dim` of what tells them from their mean, along the whole picture's difference from
-    that mean. Both are taken as shares of what speaks for the answer: a patch counts that carries it, and on which it
-    hangs. `dim` is between 0 and 1.
+    In a dimmed picture the image tokens keep only a share (each of `dims`, above 0, up to 1) of what tells them from
+    their mean. Values only: as in `value_path`, held at what is observed in the dimmed run. With a second answer, of
+    the difference of the logits. All dimmed pictures run as one batch.
     """
-    if not 0 < dim <= 1:
-        raise LensError(f"dim={dim}; expected more than 0, up to 1")
-    case.count(forward=1, backward=1)
+    if not dims or not all(0 < dim <= 1 for dim in dims):
+        raise LensError(f"dims={tuple(dims)}; expected one share or more, each above 0 and up to 1")
+    case.count(forward=len(dims), backward=len(dims))
     mean = masked_streams(case, ~case.all_kept())
-    dimmed = mean + dim * (case.stream - mean)
-    hangs = pull(case, dimmed, lambda logits: case.measure(logits).score[0], case.stream - mean)
-    return (shares(value_path(case)) * shares(hangs[case.patches])).sqrt()
+    content = case.stream - mean
+    gradient = pull(case, torch.cat([mean + dim * content for dim in dims]), lambda logits: undecided(case, logits))
+    return by_token(gradient, content)[case.patches] / len(dims)
 
 
-def shares(values: Float[Tensor, " patch"]) -> Float[Tensor, " patch"]:
-    """Each patch's part of what is above zero; all zero where nothing is."""
-    above = values.clamp(min=0)
-    return above / above.sum().clamp(min=torch.finfo(above.dtype).tiny)
+def undecided(case: Case, logits: Float[Tensor, "run d_vocab"]) -> Float[Tensor, ""]:
+    """The answer's probability, or its lead over a second answer; of all runs together."""
+    runs = case.measure(logits)
+    return (runs.prob if case.versus is None else runs.score).sum()
 
 
 def aim(case: Case, logits: Float[Tensor, "1 d_vocab"]) -> Float[Tensor, ""]:
@@ -64,16 +64,19 @@ def aim(case: Case, logits: Float[Tensor, "1 d_vocab"]) -> Float[Tensor, ""]:
 
 
 def pull(
-    case: Case,
-    stream: Float[Tensor, "1 pos d_model"],
-    target: Callable[[Tensor], Tensor],
-    along: Float[Tensor, "1 pos d_model"] | None = None,
-) -> Float[Tensor, " pos"]:
-    """A target's gradient at a stream, through values alone, times the stream or what is given, for every position."""
+    case: Case, stream: Float[Tensor, "run pos d_model"], target: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "run pos d_model"]:
+    """A target's gradient at streams that enter the decoder, through values alone."""
     with on_graph(), case.model.hooks(fwd_hooks=held(case.model)):
         x = stream.detach().clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(target(case.from_stream(x)), x)
-    return (upcast(gradient) * upcast(x.detach() if along is None else along))[0].sum(-1)
+        return torch.autograd.grad(target(case.from_stream(x)), x)[0]
+
+
+def by_token(
+    gradient: Float[Tensor, "run pos d_model"], along: Float[Tensor, "1 pos d_model"]
+) -> Float[Tensor, " pos"]:
+    """Gradients times what stands at each position, added up over runs."""
+    return (upcast(gradient) * upcast(along)).sum((0, -1))
 
 
 def held(model: Any) -> Hooks:

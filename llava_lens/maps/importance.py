@@ -93,7 +93,8 @@ METHODS: dict[str, Method] = {
         "arXiv 2402.05602", "logits",
     ),
     "flow": Method(
-        flow.flow, "value paths of the whole and the dimmed picture, their geometric mean", "", "", False
+        flow.flow, "what flows from the patch to the answer, through all layers' values, in dimmed pictures",
+        "", "probability", True, "logits",
     ),
     "attribution_patching": Method(
         causal.attribution_patching, "gradient × (clean − corrupt) at the image token", "arXiv 2403.00745"
