@@ -40,9 +40,9 @@ ABOUT = {
     "absent": "the colour of a shape that is not there, answered with a colour that is: the mask is the object of it",
 }
 SETTINGS: dict[str, Any] = {"steps": 5, "k": (0.05, 0.1, 0.2), "max_bytes": 2**24, "seed": 0}
-CONTRASTS, SANITY, FEW = 100, 30, 30
+CONTRASTS, SANITY, FEW = 60, 30, 25
 """How many scenes have a contrast, how many the randomised copy, and how many items the two other sets have."""
-OTHERS, OTHER_KINDS = 120, ("count", "exists", "shape", "where")
+OTHERS, OTHER_KINDS = 100, ("count", "exists", "shape", "where")
 """How many questions of other kinds, and which."""
 SCANNED = 2000
 """The most scenes that are looked through for one of the other sets."""
