@@ -11,6 +11,8 @@ from llava_lens import HookedLlava, hook_table
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 MAPS = RESULTS / "maps.json"
+HIDDEN = ("max_bytes",)
+"""Options of a map that do not change it."""
 START, END = "<!-- generated: python docs/generate.py -->", "<!-- end of the generated part -->"
 """What stands around the generated part of a page that is written by hand."""
 MEANING = {
@@ -111,7 +113,20 @@ def maps_page() -> str:
     _, end, after = rest.partition(END)
     if not end:
         raise SystemExit(f"{path} has no part to write between {START} and {END}")
-    return f"{before}{START}\n\n{text(json.loads(MAPS.read_text(encoding='utf-8')))}\n\n{END}{after}"
+    return f"{before}{START}\n\n{maps_table()}\n\n{text(json.loads(MAPS.read_text(encoding='utf-8')))}\n\n{END}{after}"
+
+
+def maps_table() -> str:
+    """Every method: what its number is, where it was published, its options with their defaults."""
+    from llava_lens.maps import METHODS
+
+    rows = ["| method | what the number of a patch is | from | options |", "|---|---|---|---|"]
+    for name, method in METHODS.items():
+        options = ", ".join(
+            f"`{option}={default!r}`" for option, default in method.options.items() if option not in HIDDEN
+        )
+        rows.append(f"| `{name}` | {method.about} | {method.source} | {options} |")
+    return "\n".join(["### The methods", "", *rows])
 
 
 PAGES = {"hooks.md": hooks_page, "benchmarks.md": benchmarks_page}

@@ -94,7 +94,7 @@ METHODS: dict[str, Method] = {
     ),
     "flow": Method(
         flow.flow, "what flows from the patch to the answer, through all layers' values, in dimmed pictures",
-        "", "probability", True, "logits",
+        "this library", "probability", True, "logits",
     ),
     "attribution_patching": Method(
         causal.attribution_patching, "gradient × (clean − corrupt) at the image token", "arXiv 2403.00745"
