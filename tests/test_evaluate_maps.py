@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -17,6 +18,7 @@ from llava_lens.analysis.intervals import bootstrap
 from llava_lens.errors import LensError
 from llava_lens.maps.case import Case, Runs
 from llava_lens.maps.evaluate import MapItem, MapReport, evaluate_maps, labelled
+from llava_lens.maps.items import Kept
 from llava_lens.maps.masking import Masking
 from llava_lens.tiny import questions, render_scene
 
@@ -276,9 +278,28 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(report, tmp_path, monkey
             evaluate_maps(MODEL, ITEMS, methods, file=file, **{**QUICK, **other})
     with pytest.raises(LensError, match="holds another evaluation"):
         evaluate_maps(MODEL, ITEMS[::-1], methods, file=file, **QUICK)
-    file.write_text("[1]\n")
+    twin = copy.copy(MODEL)
+    twin.cfg = replace(MODEL.cfg, eps=1e-3)
     with pytest.raises(LensError, match="holds another evaluation"):
-        evaluate_maps(MODEL, ITEMS, methods, file=file, **QUICK)
+        evaluate_maps(twin, ITEMS, methods, file=file, **QUICK)
+    head, *rows = lines
+    for text, message in [
+        ("[1]\n", "holds another evaluation"),
+        ("a list of mine, without an end of line", "holds another evaluation, or something else"),
+        (head[:9] + "x", "holds another evaluation"),
+        (head + '{"i": 0}\n', r"items.jsonl, line 2 is damaged"),
+        (head + rows[0] + rows[1].replace('"chance": [', '"chance": [1.0, '), r"line 3 is damaged"),
+        (head + rows[0].replace("[", "", 1) + rows[1], r"line 2 is damaged"),
+        (head + rows[0].replace('"i": 0', '"i": "0"'), r"line 2 is damaged"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(LensError, match=message):
+            evaluate_maps(MODEL, ITEMS, methods, file=file, **QUICK)
+        assert file.read_text() == text
+    for cut in ("", head[:9], head):  # what an interruption leaves at the very start
+        file.write_text(cut)
+        Kept(file, json.loads(head)["evaluation"], {})
+        assert file.read_text() == head
 
 
 def test_the_seed_draws_the_random_map_and_the_ties():
@@ -371,6 +392,29 @@ def test_methods_and_operators_are_checked_before_anything_runs():
         evaluate_maps(MODEL, ITEMS, ["random"], operators=("pixl",))
     with pytest.raises(LensError, match="0 items with 0 names"):
         evaluate_maps(MODEL, [], ["random"])
+    for settings, message in [
+        ({"steps": 0}, "steps=0"),
+        ({"k": (2.0,)}, r"k=\(2.0,\); expected"),
+        ({"k": (0.1, 0.1)}, "expected shares that differ"),
+        ({"sanity": -1}, "sanity=-1; expected"),
+    ]:
+        with pytest.raises(LensError, match=f"^[^:]*{message}"):
+            evaluate_maps(MODEL, ITEMS, [never], **settings)
+    late = replace(GOOD, answer="red blue", name="late")
+    with pytest.raises(LensError, match=r"^late: answer 'red blue' is 2 tokens"):
+        evaluate_maps(MODEL, [GOOD, late], [never])
+
+
+def never(case: Case) -> torch.Tensor:
+    raise AssertionError("a map is made")
+
+
+def test_inference_mode_changes_nothing():
+    few = {"sanity": 1, "operators": ("attention",), **QUICK}
+    plain = evaluate_maps(MODEL, ITEMS[:1], ["relevancy"], **few)
+    with torch.inference_mode():
+        same = evaluate_maps(MODEL, ITEMS[:1], ["relevancy"], **few)
+    assert torch.equal(plain.items.values.nan_to_num(9), same.items.values.nan_to_num(9))
 
 
 # ---- the run on held-out scenes

@@ -71,6 +71,9 @@ def evaluate_maps(
     if unknown is not None or not operators or len(set(operators)) != len(operators):
         hint = "" if unknown is None else nearest(unknown, OPERATORS)
         raise LensError(f"operators {list(operators)}{hint}; expected some of {', '.join(OPERATORS)}, each once")
+    scoring.counts_of(1, steps, k)
+    if len({f"{share:.3g}" for share in k}) < len(k) or sanity < 0:
+        raise LensError(f"k={tuple(k)}, sanity={sanity}; expected shares that differ, and how many items or a boolean")
     named = labelled(tuple(METHODS) if methods is None else methods)
     checked = [Checked.of(model, item, item.name or f"item {i}") for i, item in enumerate(items)]
     names = tuple(each.name for each in checked)
@@ -80,11 +83,15 @@ def evaluate_maps(
     twin = randomised(model, seed=seed) if n_sane else None
     scorer = Scorer(twin, named, tuple(operators), steps, tuple(k), occlusion, seed, max_bytes, memory)
     facts = {"n": len(names), "randomised_items": n_sane, **scorer.facts()}
-    key = "" if file is None else digest(weights_of(model), scorer.key(), str(facts), [each.key for each in checked])
-    kept, found = Kept(file, key), []
+    key = ""
+    if file is not None:
+        whose = [model.cfg.fingerprint, weights_of(model)]
+        key = digest(whose, scorer.key(), str(facts), [each.key for each in checked])
+    labels = {"item": names, "method": tuple(named), "measure": scorer.measures(), "cost": COSTS}
+    shapes = {part: tuple(len(labels[axis]) for axis in axes[1:]) for part, axes in PARTS.items()}
+    kept, found = Kept(file, key, shapes), []
     for i, item in tqdm(list(enumerate(checked)), desc=what, unit="item", disable=not progress):
         found.append(kept.get(i) or kept.add(i, scorer.row(item, i, sane=i < n_sane)))
-    labels = {"item": names, "method": tuple(named), "measure": scorer.measures(), "cost": COSTS}
     return MapReport(
         *(
             Scores(

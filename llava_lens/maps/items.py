@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from llava_lens.analysis.attribution.answers import tokens_of
 from llava_lens.analysis.interventions.study import read
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
@@ -66,6 +67,8 @@ class Checked:
             if inputs.pixels is None or not roles.n_images:
                 raise LensError("no picture; make the inputs with model.prepare(question, image)")
             roles.picture(item.image)
+            if item.answer is not None:
+                tokens_of(model, item.answer)
             mask = None if item.mask is None else patches_of(roles, item.mask, item.image)
             second = None if item.contrast is None else cls.of(model, item.contrast, "contrast")
             if second is not None and not torch.equal(picture_of(inputs, item), picture_of(second.inputs, second.item)):
@@ -120,32 +123,48 @@ def naming(what: str) -> Iterator[None]:
         raise LensError(said if said.startswith(what) else f"{what}: {said}") from error
 
 
+def row_of_line(line: bytes, shapes: Mapping[str, tuple[int, ...]], where: str) -> dict[str, Any]:
+    """A finished item as it was written; raises `LensError` for anything else."""
+    try:
+        row = json.loads(line)
+        got = {part: tuple(torch.tensor(row[part], dtype=torch.float64).shape) for part in shapes}
+        if type(row["i"]) is int and got == shapes:
+            return row
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise LensError(f"{where} is damaged: it is no finished item; remove the line, or the file to start anew")
+
+
 class Kept:
     """Finished items in a file of JSON lines, the first of which names the evaluation; in memory without a file.
 
-    A last line that an interruption cut off is dropped. Raises `LensError` for the file of another evaluation.
+    `shapes` are those of the parts of a row. A last line that an interruption cut off is dropped; a file is changed
+    only where it is this evaluation's. Raises `LensError` for another one, for a damaged line, and for other files.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, key: str):
+    def __init__(self, path: str | os.PathLike[str] | None, key: str, shapes: Mapping[str, tuple[int, ...]]):
         self.path = None if path is None else Path(path)
         self.rows: dict[int, Any] = {}
         if self.path is None:
             return
+        first = json.dumps({"evaluation": key}).encode() + b"\n"
         try:
-            lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-            whole = [line for line in lines if line.endswith(b"\n")]
-            head, *rest = [json.loads(line) for line in whole] or [{"evaluation": key}]
-            if not isinstance(head, dict) or head.get("evaluation") != key:
+            found = self.path.read_bytes() if self.path.exists() else b""
+            whole = found[: found.rfind(b"\n") + 1]
+            if not whole and first.startswith(found):
+                self.path.write_bytes(first)
+                return
+            if not whole.startswith(first):
                 raise LensError(
-                    f"{self.path} holds another evaluation: its model, items, methods or settings differ; remove it, "
-                    "or choose another file="
+                    f"{self.path} holds another evaluation, or something else: model, items, methods or settings "
+                    "differ; remove it, or choose another file="
                 )
-            self.rows = {row["i"]: row for row in rest}
-            self.path.write_bytes(b"".join(whole) or json.dumps(head).encode() + b"\n")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, LensError):
-                raise
-            raise LensError(f"{self.path} cannot hold an evaluation: {error}") from error
+            for number, line in enumerate(whole.splitlines()[1:], 2):
+                row = row_of_line(line, shapes, f"{self.path}, line {number}")
+                self.rows[row["i"]] = row
+            os.truncate(self.path, len(whole))
+        except OSError as error:
+            raise LensError(f"{self.path} cannot hold an evaluation: {error.strerror or error}") from error
 
     def get(self, i: int) -> Any:
         """What was found of an item, None before it is."""

@@ -34,6 +34,7 @@ def parts_of(model: Any) -> dict[str, list[str]]:
     return dict(found[place] for place in sorted(found))
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def randomised(model: Any, down_to: str | None = None, *, seed: int = 0) -> Any:
     """A deep copy with the entries of every weight in random order; the model itself stays as it is, bit for bit.
