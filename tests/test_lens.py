@@ -357,7 +357,7 @@ def test_the_names_of_a_lens_are_enough_and_all_are_missed(what: Any) -> None:
         (visual_words, {"space": "middle"}, "space='middle'; expected 'output'"),
         (visual_words, {"norm": "none"}, "norm='none'; expected 'frozen' or 'own'"),
         (visual_words, {"image": 1}, "image 1; expected 0 … 0"),
-        (tower_lens, {"slot": 1}, r"slot 1; expected 0 … 0: the projector takes the layers \(3,\)"),
+        (tower_lens, {"slot": 1}, r"projector layers \(3,\): slot 1; expected -1 … 0"),
     ],
 )
 def test_what_is_not_there_is_refused(lens: Any, arguments: dict[str, Any], message: str) -> None:
@@ -368,7 +368,7 @@ def test_what_is_not_there_is_refused(lens: Any, arguments: dict[str, Any], mess
 
 def test_a_lens_that_is_not_there_and_probabilities_of_cosines() -> None:
     model, _, cache = run("plain")
-    with pytest.raises(LensError, match="no lens 'logit_lense'; nearest: 'logit_lens'"):
+    with pytest.raises(LensError, match=r"lens='logit_lense'; expected .*; nearest: 'logit_lens'"):
         names_for_lens(model, "logit_lense")
     with pytest.raises(LensError, match="scores in cosine are no probabilities"):
         _ = visual_words(cache).probs

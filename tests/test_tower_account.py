@@ -263,9 +263,9 @@ def test_only_what_is_read_must_be_kept(by: str, through: Any) -> None:
     "arguments, message",
     [
         ({"by": "layer"}, "by='layer'; expected 'component', 'head', 'neuron', 'source'"),
-        ({"through": "al"}, "through='al'; expected 'direct', 'all'; nearest: 'all'"),
-        ({"image": 1}, "image 1 of row 0; expected 0 … 0"),
-        ({"image": -1, "row": 1}, "image -1 of row 1; expected 0 … 1"),
+        ({"through": "al"}, "through='al'; expected 'direct' or 'all'; nearest: 'all'"),
+        ({"image": 1}, "row 0: image 1; expected 0 … 0"),
+        ({"image": -1, "row": 1}, "row 1: image -1; expected 0 … 1"),
         ({"row": 2}, "row 2; expected -2 … 1"),
         ({"answer": 97}, "answer 97; expected a token id"),
     ],

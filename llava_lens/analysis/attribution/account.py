@@ -1,12 +1,12 @@
-"""What linear accounts of a logit share: which entries they read, the direction they project on, what must agree.
+"""What linear accounts of a logit share: which entries they read, and the direction they project on.
 
-Unusual: before a sum is split, what was split is rebuilt from its parts and the model's weights, so that changed
-weights or an edited activation raise instead of shifting every number.
+Unusual: a question is a direction per position and answer, so that differences, several answers and answers of several
+tokens are all one sum of products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,11 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.attribution.answers import Several, Word, predicted_at, tokens_of, told
+from llava_lens.analysis.attribution.answers import Several, Word, check_several, predicted_at, tokens_of, told
+from llava_lens.analysis.attribution.needs import many, one_of, stack_names
 from llava_lens.analysis.attribution.query import Place
+from llava_lens.analysis.attribution.rebuild import beside
 from llava_lens.analysis.scores import Label, Scores
 from llava_lens.cache import LlavaCache
-from llava_lens.errors import LensError, nearest
+from llava_lens.errors import LensError
 from llava_lens.kernels import upcast
 from llava_lens.record import TOWER
 
@@ -40,8 +42,6 @@ THROUGH: dict[str, tuple[str, ...]] = {
 }
 """What the way from the image features to the answer reads of every decoder block."""
 PROJECTOR = ("hook_in", "hook_pre", "hook_post", "hook_out")
-ROUNDING, LEAST = 8, 2e-3
-"""Two ways to form a sum may differ by so many units of rounding, or by TF32's, relative to what it is as long as."""
 
 
 def attribution_names(model: Any, *by: str, through: str | None = None) -> list[str]:
@@ -57,94 +57,16 @@ def attribution_names(model: Any, *by: str, through: str | None = None) -> list[
     ['blocks.0.hook_resid_pre', 'blocks.0.attn.hook_z', 'blocks.0.hook_attn_out', 'blocks.0.hook_mlp_out',
      'blocks.0.hook_resid_post']
     """
-    known = tuple(PARTS) if through is None else tuple(each for each in PARTS if each != "layer")
-    one_of("by", by, known)
-    suffixes = dict.fromkeys(suffix for each in by for suffix in PARTS[each])
     if through is None:
-        return [*_stack(model, suffixes), f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
-    one_of("through", (through,), tuple(THROUGH))
+        return stack_names(model, PARTS, by)
+    one_of("by", by, (each for each in PARTS if each != "layer"))
+    decoder = stack_names(model, THROUGH, (through,), "through")
     if model.cfg.vision is None:
         raise LensError("this model has no vision tower; expected one that looks at pictures")
-    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    suffixes = dict.fromkeys(suffix for each in by for suffix in PARTS[each])
     blocks = [f"{TOWER}blocks.{layer}.{s}" for layer in range(model.cfg.vision.n_layers) for s in suffixes]
     tower = [f"{TOWER}hook_embed", *blocks, *(f"projector.{name}" for name in PROJECTOR)]
-    return [*tower, *_stack(model, THROUGH[through]), last]
-
-
-def _stack(model: Any, suffixes: Iterable[str]) -> list[str]:
-    """The decoder's embedding, and some entries of every block."""
-    each = tuple(suffixes)
-    return ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.{s}" for layer in range(model.cfg.n_layers) for s in each)]
-
-
-def one_of(what: str, given: Iterable[str], known: tuple[str, ...]) -> None:
-    """Raise `LensError` for a choice that there is not, with the nearest."""
-    for each in given:
-        if each not in known:
-            hint = nearest(str(each), known)
-            raise LensError(f"{what}={each!r}; expected {', '.join(map(repr, known))}{hint}")
-
-
-def need(cache: LlavaCache, by: str, through: str | None = None) -> None:
-    """Raise `LensError` for entries that the cache lacks, naming them, and for those that do not fit the model."""
-    names = attribution_names(cache.model, by, through=through)
-    missing = [name for name in names if name not in cache]
-    if missing:
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-        call = f"attribution_names(model, {by!r}{'' if through is None else f', through={through!r}'})"
-        raise LensError(
-            f"the cache lacks {shown}; run with names_filter={call} (llava_lens.analysis.attribution_names), "
-            "or without a filter"
-        )
-    _fits(cache, names)
-
-
-def _fits(cache: LlavaCache, names: Iterable[str]) -> None:
-    """Raise `LensError` for an entry whose widths are not the model's, or one of a layer that it does not have."""
-    cfg, n = cache.model.cfg, cache.model.cfg.n_layers
-    beyond = f"blocks.{n}."
-    deeper = next((name for name in cache.cache_dict if name.startswith(beyond)), None)
-    if deeper is not None:
-        raise LensError(f"the cache holds {deeper!r}, and the model has {n} layers: it is another model's cache")
-    for name in names:
-        by_image = name.startswith((TOWER, "projector."))
-        own: Any = cfg.vision if name.startswith(TOWER) else cfg
-        width = {"head": own.n_heads, "kv_head": own.n_key_value_heads, "d_head": own.d_head, "d_mlp": own.d_mlp}
-        width |= {"d_model": own.d_model, "1": 1}
-        if cfg.vision is not None:
-            width |= {"d_features": cfg.vision.d_model * len(cfg.vision.feature_layers)}
-        axes = cache.model.hook(name).axes.split()
-        axes = axes if (cache.has_image_dim if by_image else cache.has_batch_dim) else axes[1:]
-        shape = tuple(cache[name].shape)
-        if len(shape) != len(axes) or any(width.get(a, size) != size for a, size in zip(axes, shape, strict=True)):
-            expected = ", ".join(f"{a} {width[a]}" if width.get(a, 1) != 1 else a for a in axes)
-            raise LensError(
-                f"{name!r} is {list(shape)}; this model's has [{expected}]: it is another model's cache, "
-                "or the batch axis is not where the cache says"
-            )
-
-
-def beside(weight: Tensor, like: Tensor) -> Tensor:
-    """A weight in the precision of the activation it meets, and on its device."""
-    return weight.detach().to(like)
-
-
-def rebuilt(
-    x: Float[Tensor, "*rows d_in"],
-    weight: Float[Tensor, "d_out d_in"],
-    bias: Float[Tensor, " d_out"],
-    seen: Float[Tensor, "*rows d_out"],
-    eps: float,
-    what: str,
-) -> None:
-    """Raise `LensError` where `x` through the weights is not what the run made of it, beyond rounding of `eps`."""
-    length = torch.linalg.vector_norm
-    missed = length(x @ weight.T + bias - seen, dim=-1)
-    typical = length(x, dim=-1) * length(weight) / x.shape[-1] ** 0.5 + length(seen, dim=-1)
-    if bool((missed > max(ROUNDING * eps, LEAST) * typical).any()):
-        raise LensError(
-            f"{what}: the model's weights changed after the run, it is another model's cache, or a hook edited it"
-        )
+    return [*tower, *decoder]
 
 
 @dataclass(frozen=True)
@@ -173,6 +95,7 @@ class Asked:
         several: Several = None,
     ) -> Asked:
         """Read answers and position; raises `LensError` for what is not there and for answers of several tokens."""
+        check_several(several)
         place, model = Place.of(cache, row, position), cache.model
         answers, others = pairs(answer, versus)
         told_of: list[dict[str, Any]] = []
@@ -186,6 +109,7 @@ class Asked:
                 said = told(model, ids, None if each is None else tokens_of(model, each, "all", what))
                 facts |= {named_for(what, key): fact for key, fact in said.items()}
                 for at, token in predicted_at(cache, row, place.in_prompt, ids):
+                    Place.of(cache, row, at).same_logit(token)
                     tokens.setdefault(at, []).append((i, token, sign))
             told_of.append(facts)
         terms = []
@@ -197,11 +121,11 @@ class Asked:
             terms.append((there, read * beside(model.ln_final.w, read) * frozen_scale(there)))
         logit = torch.stack([directions @ final(there) for there, directions in terms]).sum(0)
         method = {key: [f.get(key) for f in told_of] for key in dict.fromkeys(key for f in told_of for key in f)}
-        method = method if listed(answer) else {key: facts[0] for key, facts in method.items()}
+        method = method if many(answer) is not None else {key: facts[0] for key, facts in method.items()}
         method["query"] = one_or_all([there.in_prompt for there, _ in terms])
         method["norm_scale"] = one_or_all([frozen_scale(there) for there, _ in terms])
-        names = tuple(name_of(facts, bool(listed(versus))) for facts in told_of)
-        return cls(place, tuple(terms), logit, names if listed(answer) else None, method)
+        names = tuple(name_of(facts, many(versus) is not None) for facts in told_of)
+        return cls(place, tuple(terms), logit, None if many(answer) is None else names, method)
 
     def plain(self, values: Float[Tensor, " answer"]) -> Any:
         """One number per answer as lists of numbers, or the number of the only one."""
@@ -231,18 +155,14 @@ class Asked:
 
 def pairs(answer: Answers, versus: Answers) -> tuple[list[Word], list[Word]]:
     """Answers, and what each is compared with; raises `LensError` where they are not as many."""
-    answers = listed(answer) or [cast(Word, answer)]
-    others = listed(versus) or [cast(Word, versus)] * len(answers)
-    if [] in (answer, versus) or () in (answer, versus):
+    several, against = many(answer), many(versus)
+    if [] in (several, against):
         raise LensError("no answer: an empty list; expected one or more, or None for the model's own choice")
+    answers = [cast(Word, answer)] if several is None else several
+    others = [cast(Word, versus)] * len(answers) if against is None else against
     if len(others) != len(answers):
         raise LensError(f"{len(others)} in versus=, {len(answers)} in answer=; expected one, or one for each answer")
     return answers, others
-
-
-def listed(words: Answers) -> list[Word]:
-    """Several answers as a list, none for one alone."""
-    return list(words) if isinstance(words, list | tuple) else []
 
 
 def named_for(what: str, key: str) -> str:

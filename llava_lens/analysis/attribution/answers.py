@@ -6,26 +6,39 @@ or all of them, and what was chosen is written into the result.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import operator
+from typing import Any, Literal, SupportsIndex
 
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError
 from llava_lens.sweep.metrics import ids_of
 
-Word = int | str | None
-"""An answer: a token id, a string, or None for the model's own choice."""
+Word = SupportsIndex | str | None
+"""An answer: a token id (numpy's and torch's too), a string, or None for the model's own choice."""
 Several = Literal["first", "all"] | None
 """What to do with an answer of several tokens: score the first, add up all, or refuse."""
 
 
-def tokens_of(model: Any, answer: int | str, several: Several = None, what: str = "answer") -> list[int]:
-    """The token ids of an answer: one, unless `several="all"`.
+def check_several(several: Any) -> None:
+    """Raise `LensError` for another way with answers of several tokens."""
+    if several not in (None, "first", "all"):
+        raise LensError(f"several={several!r}; expected 'first', 'all' or None")
+
+
+def tokens_of(
+    model: Any, answer: SupportsIndex | str, several: Several = None, what: str = "answer", alone: bool = False
+) -> list[int]:
+    """The token ids of an answer: one, unless `several="all"`; `alone` says that no caller could ask for several.
 
     Raises `LensError` for a string of several tokens without `several`, a word outside the vocabulary and an id that is
     not there.
     """
-    if several not in (None, "first", "all"):
-        raise LensError(f"several={several!r}; expected 'first', 'all' or None")
+    check_several(several)
+    if not isinstance(answer, str) and hasattr(answer, "__index__"):
+        try:  # arrays and tensors have it, and raise unless they hold one whole number
+            operator.index(answer)
+        except TypeError:
+            raise LensError(f"{what} {answer!r}; expected one token id or a string") from None
     ids = ids_of(model, answer, what)
     if len(ids) == 1 or several == "all":
         return ids
@@ -33,8 +46,13 @@ def tokens_of(model: Any, answer: int | str, several: Several = None, what: str 
         return ids[:1]
     pieces = [model.token_string(i) for i in ids]
     raise LensError(
-        f"{what} {answer!r} is {len(ids)} tokens {pieces}, expected one: several='first' scores {pieces[0]!r} alone, "
-        "several='all' adds up all of them, each where it is predicted"
+        f"{what} {answer!r} is {len(ids)} tokens {pieces}, expected one: "
+        + (
+            f"{pieces[0]!r} alone is answer={ids[0]}"
+            if alone
+            else f"several='first' scores {pieces[0]!r} alone, "
+            "several='all' adds up all of them, each where it is predicted"
+        )
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from llava_lens.analysis.attribution.increase import Base, Vocabulary, cheap_bound, tight_bound
 from llava_lens.analysis.attribution.query import By, Query
 from llava_lens.analysis.attribution.readout import MAX_LOGITS
+from llava_lens.analysis.attribution.rebuild import heads_add_up, neurons_add_up
 
 Values = Float[Tensor, "layer group cell"]
 Chosen = Bool[Tensor, "layer group cell"]
@@ -51,7 +52,7 @@ class Parts:
         else:
             left = self.basis if form is None else self.basis @ form
             spread = spread @ (left @ self.basis.mT)
-        return (spread * self.coefficients).sum(-1)
+        return (spread * self.coefficients).sum(-1).clamp(min=0)
 
     def moved(self, base: Base) -> Parts:
         """The same cells as what they do to the stream after its norm; the base joins the basis where that bends."""
@@ -106,6 +107,10 @@ class Screen:
             x = query.base(layer)
             x = x + query.at(layer, "hook_attn_out") if by == "neuron" else x
             base, parts = Base.of(vocabulary, query.readout, x, query.token, own), Parts.of(query, layer, by)
+            if by == "neuron":
+                neurons_add_up(query, layer, query.at(layer, "mlp.hook_post"))
+            else:
+                heads_add_up(query, layer, parts.coefficients.sum(1))
             added, bias = query.added(layer, by)
             miss = parts.read(base.direction).sum() - (added - bias) @ base.direction
             misses.append(base.factor * abs(float(miss)))
@@ -128,7 +133,7 @@ class Screen:
         for layer, base in enumerate(self.bases):
             parts = self.parts(layer)
             second, mean = parts.squared(base.second), parts.read(base.mean)
-            bounds.append(tight_bound(second, mean, self.square[layer], base.reach))
+            bounds.append(tight_bound(second, mean, self.square[layer], base.reach, base.second_error))
         return replace(self, bound=torch.stack(bounds))
 
     def exactly(self, chosen: Chosen) -> Values:
@@ -162,16 +167,17 @@ def largest(linear: Values, candidates: Chosen, top_k: int) -> Chosen:
     return torch.zeros_like(candidates).flatten().index_fill(0, order, True).reshape(candidates.shape)
 
 
-def left_over(bound: Values, chosen: Chosen, candidates: Chosen, summed: bool) -> float:
-    """How far a number may be off: the largest bound of what was not computed exactly."""
-    left = torch.where(candidates & ~chosen, bound, 0.0)
-    return float((left.sum((0, 1)) if summed else left).max())
+def doubt(bound: Values, chosen: Chosen, candidates: Chosen) -> Values:
+    """How far below its number each candidate may be: its bound, unless it was computed exactly."""
+    return torch.where(candidates & ~chosen, bound, 0.0)
 
 
-def certain(values: Values, chosen: Chosen, candidates: Chosen) -> int:
-    """How many of the highest cells are certainly the highest: exact, and above every upper bound that is left."""
-    left = values[candidates & ~chosen]
-    return int((values[chosen] > left.max()).sum()) if len(left) else int(chosen.sum())
+def certain(values: Float[Tensor, "*cell"], off: Float[Tensor, "*cell"]) -> int:
+    """How many of the highest numbers, each at most `off` too high, are certainly the highest, in this order."""
+    ranked, order = values.flatten().sort(descending=True, stable=True)
+    least, below = ranked - off.flatten()[order], ranked.roll(-1)
+    below[-1] = -torch.inf
+    return int((least >= below).cumprod(0).sum())
 
 
 def parted(numbers: list[int], length: int) -> list[list[int]]:

@@ -11,14 +11,15 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.attribution.account import Answers, Asked, beside, need, one_of, rebuilt
+from llava_lens.analysis.attribution.account import Answers, Asked, attribution_names
 from llava_lens.analysis.attribution.answers import Several
-from llava_lens.analysis.attribution.log_prob import joined, rows_of
-from llava_lens.analysis.attribution.query import Place
+from llava_lens.analysis.attribution.log_prob import joined
+from llava_lens.analysis.attribution.needs import model_of, need, one_of
+from llava_lens.analysis.attribution.query import Place, rows_of
+from llava_lens.analysis.attribution.rebuild import beside, heads_add_up, neurons_add_up
 from llava_lens.analysis.scores import Label, Scores
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError
-from llava_lens.layers import bias_of
 
 Directions = Float[Tensor, "answer d_model"]
 Cells = Float[Tensor, "answer layer *cell"]
@@ -30,7 +31,6 @@ AXES: dict[str, tuple[str, ...]] = {
     "neuron": ("layer", "neuron"),
     "source": ("layer", "head", "position"),
 }
-CHANGED = "by='layer' reads the outputs as they were"
 
 
 def direct_logit_attribution(
@@ -64,8 +64,8 @@ def direct_logit_attribution(
     another model's cache, positions, rows and answers that are not there, and heads, sources or neurons whose sum is
     not what the run cached: the weights, or a hook, changed it.
     """
-    one_of("by", (by,), tuple(AXES))
-    need(cache, by)
+    one_of("by", (by,), AXES)
+    need(cache, attribution_names(model_of(cache), by), f"attribution_names(model, {by!r})")
     each = []
     for i in rows_of(cache, row):
         asked = Asked.of(cache, i, position, answer, versus, several)
@@ -120,9 +120,7 @@ def by_head(place: Place, layer: int, directions: Directions, by: str) -> Float[
         z = einsum(pattern, v, "head key, head key d_head -> head d_head")
         said = einsum(v, read, "head key d_head, answer head d_head -> answer head key")
         cells = pattern * said
-    seen, eps = place.at(layer, "hook_attn_out"), rounding(place, layer, "hook_attn_out")
-    what = f"the heads of layer {layer} do not sum to the cached hook_attn_out ({CHANGED})"
-    rebuilt(z.flatten(), out, beside(bias_of(attn.o_proj), seen), seen, eps, what)
+    heads_add_up(place, layer, z)
     return cells
 
 
@@ -130,15 +128,8 @@ def by_neuron(place: Place, layer: int, directions: Directions) -> Float[Tensor,
     """One layer's hidden units, each along its own output weights."""
     mlp = place.cache.model.blocks[layer].mlp
     post, out = place.at(layer, "mlp.hook_post"), beside(mlp.out_proj.weight, directions)
-    seen, eps = place.at(layer, "hook_mlp_out"), rounding(place, layer, "hook_mlp_out")
-    what = f"the neurons of layer {layer} do not sum to the cached hook_mlp_out ({CHANGED})"
-    rebuilt(post, out, beside(bias_of(mlp.out_proj), seen), seen, eps, what)
+    neurons_add_up(place, layer, post)
     return post * (directions @ out)
-
-
-def rounding(place: Place, layer: int, name: str) -> float:
-    """One unit of rounding in what was cached."""
-    return torch.finfo(place.entry(f"blocks.{layer}.{name}").dtype).eps
 
 
 def component_names(n_layers: int) -> tuple[Label, ...]:

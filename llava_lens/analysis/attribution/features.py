@@ -14,9 +14,11 @@ from einops import einsum, rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lens.analysis.attribution.account import Asked, beside
+from llava_lens.analysis.attribution.account import Asked
 from llava_lens.analysis.attribution.direct import Rest
+from llava_lens.analysis.attribution.needs import CHANGED, slack, whole
 from llava_lens.analysis.attribution.query import Place
+from llava_lens.analysis.attribution.rebuild import beside
 from llava_lens.cache import LlavaCache
 from llava_lens.config import VisionConfig
 from llava_lens.errors import LensError
@@ -47,9 +49,9 @@ class Picture:
         each = cfg.tokens_per_image
         mine = slots[row].nonzero()[:, 0].tolist()
         count = len(mine) // each
-        if not 0 <= image < count:
-            there = f"0 … {count - 1}" if count else "none: the prompt has no picture"
-            raise LensError(f"image {image} of row {row}; expected {there}")
+        if not count:
+            raise LensError(f"image {image!r} of row {row}; expected none: the prompt has no picture")
+        image = whole(f"row {row}: image", image, 0, count - 1)
         before = int(slots[:row].sum()) // each
         own = mine[image * each : (image + 1) * each]
         others = tuple(at for at in mine if at not in own)
@@ -83,9 +85,9 @@ class Picture:
             raise LensError(f"{full!r} holds {held} of {n} positions; expected all: run without vision_pos_slice")
         return act
 
-    def eps(self, name: str) -> float:
-        """One unit of rounding in what was cached."""
-        return torch.finfo(self.cache[name].dtype).eps
+    def dtype(self, name: str) -> torch.dtype:
+        """The precision of what was cached."""
+        return self.cache[name].dtype
 
 
 def same_stream(picture: Picture, place: Place) -> None:
@@ -158,6 +160,9 @@ def by_all_paths(picture: Picture, asked: Asked) -> tuple[Features, Rest]:
     elsewhere = {"text": said[:, text].sum(1), "decoder biases": biases}
     if picture.others:
         elsewhere["other images"] = said[:, list(picture.others)].sum(1)
+    missed = (said.sum(1) + biases - asked.logit).abs()
+    if bool((missed > slack(picture.dtype("blocks.0.hook_resid_pre")) * (said.abs().sum(1) + biases.abs())).any()):
+        raise LensError(f"what every path through the decoder adds does not sum to the logit: {CHANGED}")
     return stream[:, list(picture.slots)], elsewhere
 
 

@@ -146,6 +146,11 @@ class Base:
         own = vocabulary.rows[which] * (p - p[-1]).sqrt()[:, None]
         return torch.addmm(vocabulary.gram * p[-1], own.T, own)
 
+    @cached_property
+    def second_error(self) -> float:
+        """What rounding may take from `yᵀ second y`, in units of `‖y‖²`: it goes by the matrix, not by the product."""
+        return 8 * torch.finfo(self.second.dtype).eps * float(torch.linalg.matrix_norm(self.second))
+
 
 def shift(
     delta: Float[Tensor, "cell d_vocab"],
@@ -177,12 +182,14 @@ def tight_bound(
     mean: Float[Tensor, "*cell"],
     square: Float[Tensor, "*cell"],
     reach: float,
+    error: float,
 ) -> Float[Tensor, "*cell"]:
     """The same from the second moment and the mean of `δ` too: `Var δ · (e^b − 1 − b) / b²` (Bennett's inequality).
 
-    `b` is what no `δ_v − E δ` exceeds. The variance is given room for the rounding of its two terms.
+    `b` is what no `δ_v − E δ` exceeds. The variance is given room for the rounding of its terms, `error · ‖moved‖²`: a
+    token that is all but impossible may be raised so far that its share of the variance, lost in rounding, decides.
     """
-    variance = (second * (1 + 1e-5) - mean.square()).clamp(min=0)
+    variance = (second * (1 + 1e-5) - mean.square()).clamp(min=0) + error * square
     b = (square.double().sqrt() * reach).clamp(min=1e-3)
     missed = torch.log1p(variance * (torch.expm1(b) - b) / b.square()).to(variance.dtype)
     cheap = cheap_bound(square, reach)

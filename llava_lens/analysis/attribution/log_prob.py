@@ -15,13 +15,14 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from llava_lens.analysis.attribution.answers import Several, Word, predicted_at, tokens_of, told
-from llava_lens.analysis.attribution.cells import Screen, certain, largest, left_over, to_settle
+from llava_lens.analysis.attribution.answers import Several, Word, check_several, predicted_at, tokens_of, told
+from llava_lens.analysis.attribution.cells import Screen, certain, doubt, largest, to_settle
 from llava_lens.analysis.attribution.increase import Base, Vocabulary
-from llava_lens.analysis.attribution.query import By, Place, Query
+from llava_lens.analysis.attribution.needs import many, model_of, need, one_of, stack_names, whole
+from llava_lens.analysis.attribution.query import By, Place, Query, rows_of
 from llava_lens.analysis.scores import Scores, stacked
 from llava_lens.cache import LlavaCache
-from llava_lens.errors import LensError, nearest
+from llava_lens.errors import LensError
 from llava_lens.kernels import upcast
 
 Head = tuple[int, int]
@@ -49,13 +50,8 @@ def names_for(model: Any, *by: By) -> list[str]:
     >>> names_for(HookedLlava(cfg), "head")
     ['blocks.0.hook_resid_pre', 'blocks.0.attn.hook_z', 'blocks.0.hook_attn_out', 'blocks.0.hook_resid_post']
     """
-    unknown = [each for each in by if each not in NEEDED]
-    if unknown:
-        raise LensError(f"by={unknown[0]!r}; expected {', '.join(map(repr, NEEDED))}")
-    suffixes = dict.fromkeys(suffix for each in by for suffix in NEEDED[each])
-    last = model.cfg.n_layers - 1
-    names = [f"blocks.{layer}.{suffix}" for layer in range(last + 1) for suffix in suffixes]
-    return names if set(by) == {"attention"} else [*names, f"blocks.{last}.hook_resid_post"]
+    names = stack_names(model, NEEDED, by)
+    return names[1:-1] if set(by) == {"attention"} else names
 
 
 def log_prob_increase(
@@ -96,7 +92,9 @@ def log_prob_increase(
     Raises `LensError` for missing entries (naming them), those of another model, a string of several tokens without
     `several`, a position or row not there, an unknown `by` or `scale`, and a tolerance that is not above zero.
     """
-    check(cache, by, heads, scale, tolerance, top_k)
+    check(heads, by, scale, tolerance, top_k, exact)
+    check_several(several)
+    need(cache, names_for(model_of(cache), by), f"names_for(model, {by!r})")
     chosen = None if heads is None else head_mask(cache.model, heads)
     asked = Asked(by, chosen, scale == "own", tolerance, top_k, exact, Vocabulary.of(cache.model))
     unembed = upcast(cache.model.unembed.weight)
@@ -109,7 +107,7 @@ def mean_attention(cache: LlavaCache, position: int = -1, *, row: int | None = N
 
     `position` and `row` as in `log_prob_increase`, so are the errors.
     """
-    need(cache, "attention")
+    need(cache, names_for(model_of(cache), "attention"), "names_for(model, 'attention')")
     each = []
     for i in rows_of(cache, row):
         place = Place.of(cache, i, position)
@@ -125,77 +123,35 @@ def mean_attention(cache: LlavaCache, position: int = -1, *, row: int | None = N
 # ---- one query position of one row of a cache
 
 
-def rows_of(cache: LlavaCache, row: int | None) -> list[int]:
-    """The rows to score: the given one, or all."""
-    name = next(name for name in cache.cache_dict if name.startswith("blocks."))
-    n = len(cache[name]) if cache.has_batch_dim else 1
-    if row is not None and (isinstance(row, bool) or not isinstance(row, int) or not -n <= row < n):
-        raise LensError(f"row {row!r}; expected {-n} … {n - 1}")
-    return list(range(n)) if row is None else [row % n]
-
-
 def joined(each: Sequence[Scores]) -> Scores:
     """The scores of one row as they are, of several with an axis `batch`."""
     return each[0] if len(each) == 1 else stacked(each)
 
 
-def need(cache: LlavaCache, by: By) -> None:
-    """Raise `LensError` naming what a question needs and the cache lacks, or holds in another model's shape."""
-    names = names_for(cache.model, by)
-    missing = [name for name in names if name not in cache]
-    if missing:
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-        raise LensError(
-            f"the cache lacks {shown}; run with names_filter=names_for(model, {by!r}) "
-            "(llava_lens.analysis.names_for), or without a filter"
-        )
-    for name in names:
-        ends, got = ending(cache.model, name), tuple(cache[name].shape)
-        wanted = (("batch",) if cache.has_batch_dim else ()) + ends
-        if len(got) != len(wanted) or any(isinstance(w, int) and g != w for g, w in zip(got, wanted, strict=True)):
-            raise LensError(
-                f"cache of another model: {name} is {list(got)}, this model's is [{', '.join(map(str, wanted))}]"
-            )
-
-
-def ending(model: Any, name: str) -> tuple[int | str, ...]:
-    """The axes of a block's entry behind the batch, those that the model fixes as numbers."""
-    cfg = model.cfg
-    return {
-        "attn.hook_pattern": (cfg.n_heads, "query", "key"),
-        "attn.hook_v": ("key", cfg.n_key_value_heads, cfg.d_head),
-        "attn.hook_z": ("query", cfg.n_heads, cfg.d_head),
-        "mlp.hook_post": ("query", cfg.d_mlp),
-    }.get(name.split(".", 2)[2], ("query", cfg.d_model))
-
-
-def check(cache: LlavaCache, by: By, heads: Any, scale: str, tolerance: float, top_k: int | None) -> None:
+def check(heads: Any, by: By, scale: str, tolerance: float, top_k: int | None, exact: bool) -> None:
     """Raise `LensError` for a question that has no answer."""
-    known = [each for each in NEEDED if each != "attention"]
-    if by not in known:
-        shown = ", ".join(map(repr, known))
-        raise LensError(
-            f"by={by!r}; expected {shown}{nearest(str(by), [each for each in known if isinstance(each, str)])}"
-        )
+    one_of("by", (by,), (each for each in NEEDED if each != "attention"))
     if heads is not None and by != "position":
         raise LensError(f"heads= with by={by!r}: only by='position' sums over heads")
-    if scale not in SCALES:
-        raise LensError(f"scale={scale!r}; expected 'final' or 'own'{nearest(str(scale), SCALES)}")
-    if not isinstance(tolerance, float | int) or not tolerance > 0:
+    one_of("scale", (scale,), SCALES)
+    if isinstance(tolerance, bool) or not isinstance(tolerance, float | int) or not tolerance > 0:
         raise LensError(f"tolerance={tolerance!r}; expected nats above 0, as {TOLERANCE:g} (exact=True for none)")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 0):
-        raise LensError(f"top_k={top_k!r}; expected 0 or more")
-    need(cache, by)
+    if top_k is not None:
+        whole("top_k=", top_k, 0)
+    if top_k is not None and exact:
+        raise LensError(f"top_k={top_k!r} with exact=True, which computes every cell; expected one of them")
 
 
 def head_mask(model: Any, heads: Iterable[Head]) -> Bool[Tensor, "layer head"]:
     """Which heads were named; raises `LensError` for one that is not there and for none."""
     layers, n = model.cfg.n_layers, model.cfg.n_heads
     mask = torch.zeros(layers, n, dtype=torch.bool)
-    for layer, head in heads:
-        if not (0 <= layer < layers and 0 <= head < n):
-            raise LensError(f"head ({layer}, {head}); expected (0 … {layers - 1}, 0 … {n - 1})")
-        mask[layer, head] = True
+    listed = many(heads)
+    for each in [heads] if listed is None else listed:
+        pair = many(each) or []
+        if len(pair) != 2:
+            raise LensError(f"head {each!r}; expected (0 … {layers - 1}, 0 … {n - 1}), a pair (layer, head)")
+        mask[whole(f"head {each!r}: layer", pair[0], 0, layers - 1), whole("head", pair[1], 0, n - 1)] = True
     if not mask.any():
         raise LensError("heads= names no head; leave it out for all of them")
     return mask
@@ -299,13 +255,14 @@ def by_cell(asked: Asked, query: Query) -> Scores:
     elif not asked.exact:
         chosen, extra = to_settle(screened.bound, candidates, asked.tolerance, summed), {"tolerance": asked.tolerance}
     values = torch.where(candidates, screened.exactly(chosen), 0.0)
+    off = doubt(screened.bound, chosen, candidates)
+    if summed:
+        values, off = values.sum((0, 1)), off.sum((0, 1))
     method = {"query": query.in_prompt, "exact": int(chosen.sum()), "of": int(candidates.sum()), **extra}
-    method["certified"] = left_over(screened.bound, chosen, candidates, summed)
-    method["certain"] = certain(values, chosen, candidates)
+    method |= {"certified": float(off.max()), "certain": certain(values, off)}
     if by == "head":
         return Scores(values[..., 0], ("layer", "head"), {}, "nats", method, screened.closure, None)
     if by == "neuron":
         return Scores(values[:, 0], ("layer", "neuron"), {}, "nats", method, screened.closure, None)
-    roles, axes = query.roles_or_none, ("layer", "head", "position")
-    scores = Scores(values, axes, query.labels, "nats", method, screened.closure, roles)
-    return scores.sum("layer", "head") if summed else scores
+    axes = ("position",) if summed else ("layer", "head", "position")
+    return Scores(values, axes, query.labels, "nats", method, screened.closure, query.roles_or_none)

@@ -11,6 +11,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from llava_lens.analysis.attribution.needs import CHANGED, slack, whole
 from llava_lens.analysis.attribution.readout import Readout
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError
@@ -37,13 +38,10 @@ class Place:
 
         Positions are the prompt's, also where the cache kept only some of them.
         """
-        if isinstance(position, bool) or not isinstance(position, int):
-            raise LensError(f"position {position!r}; expected a whole number, -1 for the last")
         place = cls(cache, row, 0)
         held, roles = place.entry(next(name for name in PER_POSITION if name in cache)).shape[-2], place.roles
         n = held if roles is None else len(roles)
-        if not -n <= position < n:
-            raise LensError(f"position {position}; expected {-n} … {n - 1}")
+        position = whole("position", position, -n, n - 1)
         query = roles.last if roles is not None and position == -1 else position % n
         if roles is not None and roles.labels[query] == "padding":
             raise LensError(f"position {position} of row {row} is padding")
@@ -75,6 +73,18 @@ class Place:
     def labels(self) -> dict[str, tuple[int | str, ...]]:
         """What each position is called: its patch, else its token."""
         return {} if self.roles is None else {"position": names_of(self.roles)}
+
+    def same_logit(self, token: int) -> None:
+        """Raise `LensError` where a token's logit, read from the final stream, is not the cached one."""
+        cache, model = self.cache, self.cache.model
+        if "hook_logits" not in cache or cache["hook_logits"].shape[-2] != cache[PER_POSITION[0]].shape[-2]:
+            return
+        final, held = self.at(self.n_layers - 1, "hook_resid_post"), self.entry("hook_logits")
+        normed = final * (final.square().mean() + model.cfg.eps).rsqrt() * upcast(model.ln_final.w.detach()).to(final)
+        word, seen = upcast(model.unembed.weight[token].detach()).to(final), upcast(held[self.query, token])
+        typical = normed.norm() * word.norm() / len(word) ** 0.5 + seen.abs()
+        if bool((word @ normed - seen).abs() > slack(held.dtype) * typical):
+            raise LensError(f"hook_logits at position {self.in_prompt} are not those of the final stream: {CHANGED}")
 
     def entry(self, name: str) -> Tensor:
         """This row of a cached entry."""
@@ -111,6 +121,14 @@ def patch_names(roles: Roles, image: int) -> dict[int, str]:
     return {at: f"{which}patch ({r}, {c})" for r, line in enumerate(grid) for c, at in enumerate(line)}
 
 
+def rows_of(cache: LlavaCache, row: int | None) -> list[int]:
+    """The rows to score: the given one, or all."""
+    name = next((name for name in cache.cache_dict if name.startswith("blocks.")), None)
+    size = 1 if cache.inputs is None else cache.inputs.batch_size
+    n = size if name is None else len(cache[name]) if cache.has_batch_dim else 1
+    return list(range(n)) if row is None else [whole("row", row, -n, n - 1) % n]
+
+
 @dataclass(frozen=True)
 class Query(Place):
     """A query position with the token asked about and the way to read the stream there."""
@@ -124,6 +142,7 @@ class Query(Place):
         place = Place.of(cache, row, position)
         readout = Readout.of(cache.model, place.at(place.n_layers - 1, "hook_resid_post"), unembed)
         token = int(readout.logits(readout.final).argmax()) if answer is None else answer
+        place.same_logit(token)
         return cls(cache, row, place.query, readout, token)
 
     def base(self, layer: int) -> Float[Tensor, " d_model"]:

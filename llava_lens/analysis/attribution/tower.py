@@ -13,7 +13,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llava_lens.analysis.attribution.account import Answers, Asked, attribution_names, beside, need, rebuilt
+from llava_lens.analysis.attribution.account import Answers, Asked, attribution_names
 from llava_lens.analysis.attribution.answers import Several
 from llava_lens.analysis.attribution.direct import Rest, component_names
 from llava_lens.analysis.attribution.features import (
@@ -24,7 +24,10 @@ from llava_lens.analysis.attribution.features import (
     read_by_heads,
     same_stream,
 )
-from llava_lens.analysis.attribution.log_prob import joined, rows_of
+from llava_lens.analysis.attribution.log_prob import joined
+from llava_lens.analysis.attribution.needs import model_of, need
+from llava_lens.analysis.attribution.query import rows_of
+from llava_lens.analysis.attribution.rebuild import beside, rebuilt
 from llava_lens.analysis.scores import Scores
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError
@@ -80,11 +83,11 @@ def tower_attribution(
     `LensError` as it does, and for a picture or a tower that is not there, positions cut away, and image positions
     whose stream is not the projector's output.
     """
-    attribution_names(cache.model, by, through=through)  # refuses an unknown choice before the cache is looked at
+    names = attribution_names(model_of(cache), by, through=str(through))  # refuses unknown choices first of all
     if cache.inputs is None or cache.inputs.pixels is None:
         why = "carries no inputs that say where the pictures are" if cache.inputs is None else "is of a run without any"
         raise LensError(f"no picture to attribute to: this cache {why}")
-    need(cache, by, through)
+    need(cache, names, f"attribution_names(model, {by!r}, through={through!r})")
     pictures = [Picture.of(cache, i, image) for i in rows_of(cache, row)]
     asked = [Asked.of(cache, picture.row, position, answer, versus, several) for picture in pictures]
     return joined([scores_of(*pair, by, through) for pair in zip(pictures, asked, strict=True)])
@@ -126,11 +129,11 @@ def into_projector(picture: Picture, directions: Features) -> tuple[Features, Fl
     """The directions at the projector's input, and what its biases add."""
     projector = picture.model.projector
     x, pre, post, out = (picture.projected(name) for name in ("hook_in", "hook_pre", "hook_post", "hook_out"))
-    W_1, W_2 = beside(projector.linear_1.weight, x), beside(projector.linear_2.weight, x)
-    b_1, b_2 = beside(bias_of(projector.linear_1), x), beside(bias_of(projector.linear_2), x)
-    eps = picture.eps("projector.hook_out")
-    rebuilt(x, W_1, b_1, pre, eps, "projector.hook_pre is not the first layer of the cached hook_in")
-    rebuilt(post, W_2, b_2, out, eps, "projector.hook_out is not the second layer of the cached hook_post")
+    dtype, first, second = picture.dtype("projector.hook_out"), projector.linear_1, projector.linear_2
+    rebuilt(x, first, pre, dtype, "projector.hook_pre is not the first layer of the cached hook_in")
+    rebuilt(post, second, out, dtype, "projector.hook_out is not the second layer of the cached hook_post")
+    W_1, W_2 = beside(first.weight, x), beside(second.weight, x)
+    b_1, b_2 = beside(bias_of(first), x), beside(bias_of(second), x)
     factor = torch.where(pre == 0, 0.0, post / pre)
     at_post = directions @ W_2
     at_pre = at_post * factor
@@ -198,6 +201,6 @@ def by_neuron(picture: Picture, block: Any, layer: int, directions: Features) ->
 
 def unchanged(picture: Picture, layer: int, name: str, x: Tensor, linear: nn.Linear, what: str) -> None:
     """Raise `LensError` where the parts of a tower layer's output are no longer what they were in the run."""
-    seen, eps = picture.tower(name, layer)[picture.start :], picture.eps(f"{TOWER}blocks.{layer}.{name}")
+    seen, dtype = picture.tower(name, layer)[picture.start :], picture.dtype(f"{TOWER}blocks.{layer}.{name}")
     said = f"the {what} of tower layer {layer} do not sum to the cached {name} (by='component' reads it as it was)"
-    rebuilt(x, beside(linear.weight, x), beside(bias_of(linear), x), seen, eps, said)
+    rebuilt(x, linear, seen, dtype, said)

@@ -13,21 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llava_lens.analysis.attribution.answers import Word
-from llava_lens.analysis.attribution.log_prob import rows_of
-from llava_lens.analysis.attribution.query import Place
-from llava_lens.analysis.lenses.lens import need, scale_of
-from llava_lens.analysis.lenses.words import (
-    STREAM,
-    UNITS,
-    Chosen,
-    Lens,
-    Positions,
-    Reader,
-    asked,
-    facts_of,
-    last_stream,
-    same_shape,
-)
+from llava_lens.analysis.attribution.needs import STREAM, last_stream, model_of, need, whole
+from llava_lens.analysis.attribution.query import Place, rows_of
+from llava_lens.analysis.attribution.rebuild import heads_add_up
+from llava_lens.analysis.lenses.chosen import Chosen, Positions, asked
+from llava_lens.analysis.lenses.lens import call_of, scale_of
+from llava_lens.analysis.lenses.words import UNITS, Lens, Reader, facts_of, same_shape
 from llava_lens.analysis.scores import Scores
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError
@@ -82,11 +73,11 @@ def _input(
     what: str, cache: LlavaCache, layer: int, position: Positions, answer: Word,
     norm: str, query: int, row: int | None, top: int, by: str,
 ) -> Lens:  # fmt: skip
-    model, layer = cache.model, layer_of(cache.model, layer)
+    model, layer = model_of(cache), layer_of(cache.model, layer)
     outputs = {kind: [f"blocks.{j}.{kind}" for j in range(layer)] for kind in ("hook_attn_out", "hook_mlp_out")}
     here = f"blocks.{layer}.hook_resid_pre"
     ends = [last_stream(model)] if answer is None or norm == "frozen" else []
-    need(cache, [STREAM, here, *outputs["hook_attn_out"], *outputs["hook_mlp_out"], *ends], what)
+    need(cache, [STREAM, here, *outputs["hook_attn_out"], *outputs["hook_mlp_out"], *ends], call_of(what))
     each = []
     for i in rows_of(cache, row):
         token, readout = asked(cache, i, query, answer)
@@ -126,9 +117,9 @@ def head_output(
 
     Raises `LensError` for missing entries (naming them), and for a head, positions or a row that are not there.
     """
-    model, layer, head = cache.model, layer_of(cache.model, layer), head_of(cache.model, head)
+    model, layer, head = model_of(cache), layer_of(cache.model, layer), head_of(cache.model, head)
     names = [STREAM, f"blocks.{layer}.attn.hook_pattern", f"blocks.{layer}.attn.hook_v"]
-    need(cache, [*names, *([last_stream(model)] if answer is None or norm == "frozen" else [])], "head_output")
+    need(cache, [*names, *([last_stream(model)] if answer is None or norm == "frozen" else [])], call_of("head_output"))
     W_O, mixed = upcast(model.blocks[layer].attn.W_O[head]).detach(), f"blocks.{layer}.attn.hook_z"
     each = []
     for i in rows_of(cache, row):
@@ -141,6 +132,8 @@ def head_output(
                 f"values of {len(v)} positions, attention to {len(pattern)}: output by source takes a cache of "
                 "the whole prompt in one run, without pos_slice"
             )
+        if mixed in cache and f"blocks.{layer}.hook_attn_out" in cache:
+            heads_add_up(query, layer, query.at(layer, "attn.hook_z"))
         vectors = (pattern[:, None] * v)[chosen.read] @ W_O
         closure = None
         if source is None and mixed in cache and reader.scale is not None:
@@ -170,14 +163,9 @@ def _at_positions(
 def layer_of(model: Any, layer: int) -> int:
     """A layer, negative ones from the end; raises `LensError` where there is none."""
     n = model.cfg.n_layers
-    if not -n <= layer < n:
-        raise LensError(f"layer {layer}; expected {-n} … {n - 1}")
-    return layer % n
+    return whole("layer", layer, -n, n - 1) % n
 
 
 def head_of(model: Any, head: int) -> int:
     """A head; raises `LensError` where there is none."""
-    n = model.cfg.n_heads
-    if not 0 <= head < n:
-        raise LensError(f"head {head}; expected 0 … {n - 1}")
-    return head
+    return whole("head", head, 0, model.cfg.n_heads - 1)

@@ -6,7 +6,6 @@ what is read as a summand of a logit (`norm="frozen"`) takes the scale of the mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,30 +14,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llava_lens.analysis.attribution.answers import Word
-from llava_lens.analysis.attribution.log_prob import rows_of
-from llava_lens.analysis.attribution.query import Place
+from llava_lens.analysis.attribution.needs import STREAM, last_stream, model_of, need, one_of, stack_names, whole
+from llava_lens.analysis.attribution.query import Place, rows_of
 from llava_lens.analysis.attribution.readout import Readout
-from llava_lens.analysis.lenses.words import (
-    STREAM,
-    UNITS,
-    Chosen,
-    Lens,
-    Positions,
-    Read,
-    Reader,
-    asked,
-    facts_of,
-    last_stream,
-    same_shape,
-)
+from llava_lens.analysis.lenses.chosen import Chosen, Positions, asked
+from llava_lens.analysis.lenses.words import UNITS, Lens, Read, Reader, facts_of, same_shape
 from llava_lens.analysis.scores import Scores
 from llava_lens.cache import LlavaCache
-from llava_lens.errors import LensError, nearest
+from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
 from llava_lens.kernels import upcast
 from llava_lens.roles import Roles
 
 FEATURES = "projector.hook_out"
+NORMS = ("frozen", "own")
 
 BLOCKS: dict[str, tuple[str, ...]] = {
     "logit_lens": ("hook_resid_pre",),
@@ -64,29 +53,16 @@ def names_for_lens(model: Any, *what: str) -> list[str]:
     >>> names_for_lens(HookedLlava(cfg), "logit_lens")
     ['blocks.0.hook_resid_pre', 'blocks.0.hook_resid_post']
     """
-    unknown = [each for each in what if each not in BLOCKS]
-    if unknown or not what:
-        given = f"no lens {unknown[0]!r}{nearest(unknown[0], BLOCKS)}" if unknown else "no lens named"
-        raise LensError(f"{given}; expected {', '.join(map(repr, BLOCKS))}")
-    suffixes = dict.fromkeys(suffix for each in what for suffix in BLOCKS[each])
-    names = [STREAM, *(f"blocks.{layer}.{each}" for layer in range(model.cfg.n_layers) for each in suffixes)]
-    names.append(last_stream(model))
-    if "visual_words" in what:
-        names.append(FEATURES)
-    if "tower_lens" in what:
-        names += tower_streams(model)
-    return list(dict.fromkeys(names))
+    names = stack_names(model, BLOCKS, what, "lens")
+    if {"visual_words", "tower_lens"} & set(what):
+        tower = tower_streams(model)
+        names += [FEATURES] * ("visual_words" in what) + tower * ("tower_lens" in what)
+    return names
 
 
-def need(cache: LlavaCache, names: Iterable[str], what: str) -> None:
-    """Raise `LensError` naming what a lens needs and the cache lacks."""
-    missing = [name for name in dict.fromkeys(names) if name not in cache]
-    if missing:
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-        raise LensError(
-            f"the cache lacks {shown}; run with names_filter=names_for_lens(model, {what!r}) "
-            "(llava_lens.analysis.names_for_lens), or without a filter"
-        )
+def call_of(what: str) -> str:
+    """What names all entries that a lens reads."""
+    return f"names_for_lens(model, {what!r})"
 
 
 # ---- the decoder's streams
@@ -113,12 +89,12 @@ def logit_lens(
 
     Raises `LensError` for missing entries (naming them), a string of several tokens, positions or rows not there.
     """
-    model = cache.model
+    model = model_of(cache)
     layers = range(model.cfg.n_layers)
     kinds = ("pre", "mid") if incl_mid else ("pre",)
     labels = (*(f"{layer}_{kind}" for layer in layers for kind in kinds), "final_post")
     names = [*(f"blocks.{layer}.hook_resid_{kind}" for layer in layers for kind in kinds), last_stream(model)]
-    need(cache, names, "mid" if incl_mid else "logit_lens")
+    need(cache, [STREAM, *names], call_of("mid" if incl_mid else "logit_lens"))
     reader = Reader.of(model, "output", by)
     each = []
     for i in rows_of(cache, row):
@@ -128,8 +104,8 @@ def logit_lens(
         read = Read(*(torch.stack(parts) for parts in zip(*reads, strict=True)))
         method = facts_of(model, "logit lens", token)
         places = {"stream": labels, "position": chosen.labels}
-        closure = _miss(chosen, read.scores[-1], token, by)
-        scores = Scores(read.scores, ("stream", "position"), places, UNITS[by], method, closure, chosen.roles)
+        closure = _miss(chosen, read.scores[-1], token, reader.by)
+        scores = Scores(read.scores, ("stream", "position"), places, UNITS[reader.by], method, closure, chosen.roles)
         each.append(Lens.of(model, read, scores))
     return same_shape(each)
 
@@ -173,9 +149,9 @@ def visual_words(
     Raises `LensError` for missing entries (naming them), an image or a row not there, other spaces and measures.
     """
     cache = _cache_of(source, inputs, "visual_words")
-    need(cache, [FEATURES], "visual_words")
+    need(cache, [FEATURES], call_of("visual_words"))
     each = []
-    for i in rows_with_pictures(cache, row):
+    for i in rows_of(cache, row):
         reader, token, roles, method = _patch_reader(cache, i, "visual words", answer, space, by, norm, image, position)
         features = _patches(cache, FEATURES, i, image, skip=cache.model.cfg.vision.keep_class_token)
         each.append(_over_patches(cache.model, [features], reader, token, top, roles, method)[{"layer": 0}])
@@ -207,15 +183,13 @@ def tower_lens(
     cache = _cache_of(source, inputs, "tower_lens")
     model = cache.model
     names = tower_streams(model)
-    need(cache, names, "tower_lens")
+    need(cache, names, call_of("tower_lens"))
     read_layers = model.cfg.vision.feature_layers
-    if not -len(read_layers) <= slot < len(read_layers):
-        raise LensError(
-            f"slot {slot}; expected 0 … {len(read_layers) - 1}: the projector takes the layers {read_layers}"
-        )
+    takes = len(read_layers)
+    slot = whole(f"projector layers {read_layers}: slot", slot, -takes, takes - 1) % takes
     keep = model.cfg.vision.keep_class_token
     each = []
-    for i in rows_with_pictures(cache, row):
+    for i in rows_of(cache, row):
         reader, token, roles, method = _patch_reader(cache, i, "tower lens", answer, space, by, norm, image, position)
         streams = [_patches(cache, name, i, image, skip=False) for name in names]
         features = []
@@ -225,7 +199,7 @@ def tower_lens(
             weight = model.projector.linear_1.weight
             chosen = model.vision.select([s[None].to(weight.device, weight.dtype) for s in swapped])
             features.append(model.projector(chosen)[0, int(keep) :])
-        beside = {"slot": slot % len(read_layers), "feature_layers": list(read_layers)} if len(read_layers) > 1 else {}
+        beside = {"slot": slot, "feature_layers": list(read_layers)} if len(read_layers) > 1 else {}
         each.append(_over_patches(model, features, reader, token, top, roles, {**method, **beside}))
     return same_shape(each)
 
@@ -243,6 +217,8 @@ def _cache_of(source: Any, inputs: Inputs | None, what: str) -> LlavaCache:
     if cache_given != (inputs is None):
         raise LensError(f"{what} takes a cache alone, or a model and inputs: {what}(model, inputs)")
     model = source.model if cache_given else source
+    if not hasattr(model, "run_with_cache"):
+        raise LensError(f"{what} of {type(model).__name__}; expected a cache, or a model and inputs")
     if model.cfg.vision is None:
         tower_streams(model)
     if cache_given:
@@ -256,10 +232,10 @@ def _patch_reader(
     cache: LlavaCache, row: int, what: str, answer: Word, space: str, by: str | None, norm: str, image: int, at: int
 ) -> tuple[Reader, int, Roles, dict[str, Any]]:
     """The reader of one row's patches, the word asked about, the row's roles and what the lens says of itself."""
-    if norm not in ("own", "frozen"):
-        raise LensError(f"norm={norm!r}; expected 'frozen' or 'own'")
     roles = roles_of(cache, row)
+    image = whole("image", image, 0, roles.n_images - 1) if roles.n_images else image
     roles.picture(image)
+    one_of("norm", (norm,), NORMS)
     token, readout = asked(cache, row, at, answer)
     scale = scale_of(cache, readout, norm) if space == "output" else None
     reader = Reader.of(cache.model, space, by, scale)
@@ -270,7 +246,8 @@ def _patch_reader(
 
 
 def scale_of(cache: LlavaCache, readout: Readout | None, norm: str) -> float | None:
-    """The factor of the frozen norm, None for each vector's own."""
+    """The factor of the frozen norm, None for each vector's own; raises `LensError` for another norm."""
+    one_of("norm", (norm,), NORMS)
     if norm == "own":
         return None
     if readout is None:
@@ -279,16 +256,6 @@ def scale_of(cache: LlavaCache, readout: Readout | None, norm: str) -> float | N
             f"{last_stream(cache.model)}; keep them, or norm='own'"
         )
     return readout.scale
-
-
-def rows_with_pictures(cache: LlavaCache, row: int | None) -> list[int]:
-    """The rows to read, also of a cache without any entry of the decoder."""
-    if any(name.startswith("blocks.") for name in cache.cache_dict):
-        return rows_of(cache, row)
-    n = 1 if cache.inputs is None else cache.inputs.batch_size
-    if row is not None and not -n <= row < n:
-        raise LensError(f"row {row}; expected {-n} … {n - 1}")
-    return list(range(n)) if row is None else [row % n]
 
 
 def roles_of(cache: LlavaCache, row: int) -> Roles:

@@ -15,11 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llava_lens.analysis.attribution.answers import Word
-from llava_lens.analysis.attribution.log_prob import log_prob_increase, rows_of
-from llava_lens.analysis.attribution.query import Place
+from llava_lens.analysis.attribution.log_prob import log_prob_increase
+from llava_lens.analysis.attribution.needs import CHANGED, STREAM, many, model_of, need, one_of, slack, whole
+from llava_lens.analysis.attribution.query import Place, rows_of
+from llava_lens.analysis.lenses.chosen import asked
 from llava_lens.analysis.lenses.heads import head_of, layer_of
-from llava_lens.analysis.lenses.lens import need
-from llava_lens.analysis.lenses.words import STREAM, UNITS, Lens, Reader, asked, facts_of, last_stream
+from llava_lens.analysis.lenses.lens import call_of, names_for_lens
+from llava_lens.analysis.lenses.words import UNITS, Lens, Reader, facts_of
 from llava_lens.analysis.scores import Scores
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError
@@ -90,14 +92,9 @@ def value_neurons(
 
     Raises `LensError` for missing entries (naming them), for several rows (give `row`), and as `log_prob_increase`.
     """
-    model = cache.model
-    if k < 1 or not 1 <= top <= model.cfg.d_vocab:
-        raise LensError(
-            f"k={k} neurons with top={top} words; expected 1 or more, and at most {model.cfg.d_vocab} words"
-        )
-    outputs = ("hook_resid_pre", "hook_attn_out", "mlp.hook_post", "hook_mlp_out")
-    names = [f"blocks.{layer}.{name}" for layer in range(model.cfg.n_layers) for name in outputs]
-    need(cache, [*names, last_stream(model)], "value_neurons")
+    model = model_of(cache)
+    k, top = whole("k=", k, 1), whole("top=", top, 1, model.cfg.d_vocab)
+    need(cache, names_for_lens(model, "value_neurons"), call_of("value_neurons"))
     i = one_row(cache, row)
     token, readout = asked(cache, i, position, answer)
     assert readout is not None
@@ -191,16 +188,13 @@ def query_neurons(
     Raises `LensError` for missing entries (naming them), for a neuron, position or row that is not there, and for
     several rows (give `row`).
     """
-    model = cache.model
-    if which not in ("gate", "in"):
-        raise LensError(f"which={which!r}; expected 'gate' or 'in'")
+    model = model_of(cache)
+    one_of("which", (which,), ("gate", "in"))
     hook = "mlp.hook_pre" if which == "gate" else "mlp.hook_pre_linear"
-    neurons = [_neuron(model, each) for each in _listed(targets)]
-    if not neurons:
-        raise LensError("no target neuron; expected (layer, neuron) or several")
+    neurons = _neurons(model, targets)
     layers = [layer for layer, _ in neurons]
     own = [f"blocks.{layer}.{name}" for layer in layers for name in ("ln2.hook_scale", hook)]
-    need(cache, [*_upstream(max(layers), own_attention=True), *own], "query_neurons")
+    need(cache, [*_upstream(max(layers), own_attention=True), *own], call_of("query_neurons"))
     place = Place.of(cache, one_row(cache, row), position)
     directions, biases, observed = [], [], []
     for layer, neuron in neurons:
@@ -228,10 +222,10 @@ def head_query_neurons(
 
     Raises `LensError` for missing entries (naming them), for what is not there, and for several rows (give `row`).
     """
-    model, layer = cache.model, layer_of(cache.model, layer)
+    model, layer = model_of(cache), layer_of(cache.model, layer)
     head = head_of(model, head)
     own = [f"blocks.{layer}.{name}" for name in ("ln1.hook_scale", "attn.hook_rot_q", "attn.hook_rot_k")]
-    need(cache, [*_upstream(layer, own_attention=False), *own], "head_query_neurons")
+    need(cache, [*_upstream(layer, own_attention=False), *own], call_of("head_query_neurons"))
     i = one_row(cache, row)
     at, query = Place.of(cache, i, source), Place.of(cache, i, position)
     block, kv_head = model.blocks[layer], head // (model.cfg.n_heads // model.cfg.n_key_value_heads)
@@ -281,7 +275,11 @@ def _fed(place: Place, targets: Targets, own_attention: bool, unit: str, method:
             neurons[reached, j] = (D[reached] @ upcast(mlp.W_out).T) * m
             rest[reached, 1] += D[reached] @ upcast(mlp.b_out)
     total = neurons.nansum((1, 2)) + heads.nansum((1, 2)) + rest.sum(1)
-    closure = float((total - targets.observed).abs().max())
+    missed = (total - targets.observed).abs()
+    gross = neurons.abs().nansum((1, 2)) + heads.abs().nansum((1, 2)) + rest.abs().sum(1)
+    if bool((missed > slack(place.entry(STREAM).dtype) * gross).any()):
+        raise LensError(f"the parts of the stream do not sum to the {unit}: {CHANGED}")
+    closure = float(missed.max())
     named = {"target": targets.names}
 
     def scores(values: Tensor, *axes: str, **labels: tuple[str, ...]) -> Scores:
@@ -295,15 +293,11 @@ def _fed(place: Place, targets: Targets, own_attention: bool, unit: str, method:
     )
 
 
-def _listed(given: Neuron | Sequence[Neuron]) -> list[Any]:
-    """One neuron or several as a list."""
-    each: list[Any] = list(given)
-    return [tuple(each)] if len(each) == 2 and isinstance(each[0], int) else each
-
-
-def _neuron(model: Any, given: Neuron) -> Neuron:
-    """A neuron with its layer counted from the front; raises `LensError` where it is not there."""
-    layer, neuron = layer_of(model, given[0]), given[1]
-    if not 0 <= neuron < model.cfg.d_mlp:
-        raise LensError(f"neuron {neuron}; expected 0 … {model.cfg.d_mlp - 1}")
-    return layer, neuron
+def _neurons(model: Any, given: Any) -> list[Neuron]:
+    """One neuron or several, layers counted from the front; raises `LensError` for none and those not there."""
+    several = many(given) or [given]
+    pairs = [several] if all(many(each) is None for each in several) else [many(each) or [] for each in several]
+    if any(len(pair) != 2 for pair in pairs):
+        raise LensError(f"target {given!r}; expected a neuron (layer, neuron), or several")
+    last = model.cfg.d_mlp - 1
+    return [(layer_of(model, layer), whole("neuron", neuron, 0, last)) for layer, neuron in pairs]
