@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -94,8 +95,12 @@ def version() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, or 2 after one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show is spelled out
+            stream.reconfigure(errors="backslashreplace")
     given = parser().parse_args(arguments)
-    given.command = shlex.join(["llava-lens", *(sys.argv[1:] if arguments is None else arguments)])
+    said = shlex.join(["llava-lens", *(sys.argv[1:] if arguments is None else arguments)])
+    given.command = said.encode(errors="replace").decode()
     quieten()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -149,6 +154,9 @@ def explained(given: argparse.Namespace) -> tuple[Any, list[Path]]:
     image, question = scene_and_question(given.image, given.question)
     if not question.strip():
         raise LensError("an empty question; expected some text")
+    for text in (question, given.answer, given.versus, given.stem, given.model):
+        if text and text != text.encode(errors="replace").decode():
+            raise LensError(f"{text!r} is not UTF-8; expected text")
     method_of(given.method)
     by = splits_of([each.strip() for part in given.by or ("layer,head",) for each in part.split(",")])
     picture = load_image(image)

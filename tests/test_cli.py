@@ -196,6 +196,8 @@ def test_a_bad_picture(run: Any, tmp_path: Path, kind: str) -> None:
         ([QUESTION, "--answer", "mauve"], r"'mauve' is 1 token \['<unk>'\]"),
         ([QUESTION, "--top-k", "0"], "argument --top-k: '0': expected a whole number"),
         ([QUESTION, "--device", "warp"], "cannot load .*warp"),
+        (["What \udcff?"], r"'What \\udcff\?' is not UTF-8"),
+        ([QUESTION, "--answer", "\udcff"], r"'\\udcff' is not UTF-8"),
         ([QUESTION, "--colour"], "unrecognized arguments: --colour"),
     ],
 )
@@ -307,6 +309,17 @@ def test_python_m_runs_it_and_reports_errors_in_one_line(tmp_path: Path) -> None
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "llava-lens: error: no image file 'nothing.png'\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_and_terminals_that_are_not_utf_8(picture: Path, tmp_path: Path) -> None:
+    odd = picture.rename(picture.with_name("scene\udcff.png"))
+    done = subprocess.run(
+        [sys.executable, "-m", "llava_lens", "explain", odd, QUESTION, "--html", "--no-picture", "--out", tmp_path],
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == b""
+    assert rb"\xd7 position cells" in done.stdout  # the sign of multiplication
+    assert "scene?.png" in (tmp_path / "explanation.html").read_text(encoding="utf-8")
 
 
 def test_the_example_runs_and_finds_both_objects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

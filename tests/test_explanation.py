@@ -103,7 +103,10 @@ def test_odd_models_close(odd: str) -> None:
     assert e.closure < 1e-4 and all((scores.closure or 0) < 1e-3 for scores in e.direct.values())
     assert e.map.values.shape == e.roles.grid(1)
     torch.testing.assert_close(e.map.values, e.positions.over_image(1).values)
-    assert e.text == "" or isinstance(e.text, str)
+    assert e.text == "" and "row" in e.summary() and "pixels" not in e.summary()
+    assert e.to_json()["picture"] == {"image": 1, "size": None, "patches_cover": None}
+    same = explain(lens, {"input_ids": tokens, "pixel_values": pixels}, image=1, by=())
+    assert torch.equal(same.map.values, e.map.values)
 
 
 def test_what_is_not_there_is_refused() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -479,6 +479,8 @@ def test_a_method_of_ones_own() -> None:
     found = importance_map(mine.model, mine.inputs, brightest, TOKEN, power=2)
     assert found.method["score"] == "brightest" and found.method["power"] == 2 and found.method["seen"]
     close(found.values.flatten(), brightest(Case.of(mine.model, mine.inputs, TOKEN), power=2))
+    given = importance_map(mine.model, mine.inputs, partial(brightest, power=2), TOKEN)
+    assert given.method["score"] == "brightest" and torch.equal(given.values, found.values)
     with pytest.raises(LensError, match=r"method 'brightest' has no option 'pover'; nearest: 'power'; it takes: power"):
         importance_map(mine.model, mine.inputs, brightest, TOKEN, pover=2)
     bad: Any = (

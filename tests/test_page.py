@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +124,28 @@ def test_every_text_stays_text() -> None:
     page = Page(explanation_page(e, picture(), bad))
     assert len(page.all("script")) == 1 and not any("onerror" in attrs for _, attrs in page.tags)
     assert len(page.all("img")) == 5 and page.text.count(bad) >= 8
+
+
+def test_letters_that_are_no_text_are_spelled_out() -> None:
+    bad = "a\x00b\x1b[2J\u202ec\ud800"
+    e = replace(explained(), question=bad, text=bad, answer=bad, versus=bad, likeliest=((bad, 0.5), ("b", 0.2)))
+    text = explanation_page(e, picture(), bad)
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    assert text.encode() and r'<h1 dir="auto">a\x00b\x1b[2J\u202ec\ud800</h1>' in text
+    assert "👩\u200d💻" in explanation_page(replace(e, question="👩\u200d💻"), picture())
+
+
+def test_the_page_holds_the_pictures_pixels_alone_and_few_of_them(tmp_path: Path) -> None:
+    taken, large = Image.Exif(), picture().resize((1600, 640))
+    taken[0x010E] = "SECRET"
+    large.save(tmp_path / "large.jpg", exif=taken, comment=b"SECRET", dpi=(72, 72))
+    wide, tall = (Axis(size=n, pad=0, padded=n, resized=64, crop=0, n=8, patch=8) for n in large.size)
+    e = explained()
+    e = replace(e, roles=replace(e.roles, pictures=(Picture((8, 8), False, PixelMap(wide, tall)),)))
+    page = Page(explanation_page(e, tmp_path / "large.jpg"))
+    held = [base64.b64decode((each["src"] or "").partition(",")[2]) for each in page.all("img")]
+    assert len(held) == 5 and not any(b"SECRET" in each for each in held)
+    assert [max(drawn(each["src"]).shape) for each in page.all("img", "under")] == [1200, 600, 600]
 
 
 def padded() -> Explanation:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,18 +21,20 @@ MISSING = "rgba(128,128,128,.35)"
 """What has no score."""
 SIGNED_UNITS = ("nats", "logits", "logit")
 """What is counted from zero both ways, also where no number happens to lie below it."""
+UNSAFE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters without tab and line ends, the overrides of the direction of writing, and halves of letters."""
 RIGHT = ' style="text-align:right"'
 CELLS = 48
 """Longest side of a grid that is drawn in full."""
 
 
 def escaped(text: object) -> str:
-    """Text that stays text, in an attribute too.
+    """Text that stays text, in an attribute too; letters that HTML forbids or that turn others around are spelled out.
 
-    >>> escaped('<b title="x">')
-    '&lt;b title=&quot;x&quot;&gt;'
+    >>> escaped('<b title="x">'), escaped("a\\x00b\\u202ec")
+    ('&lt;b title=&quot;x&quot;&gt;', 'a\\\\x00b\\\\u202ec')
     """
-    return html.escape(str(text))
+    return html.escape(UNSAFE.sub(lambda letter: repr(letter[0])[1:-1], str(text)))
 
 
 def signed(scores: Scores) -> bool:

@@ -57,9 +57,11 @@ def patch_lines(e: Explanation) -> list[str]:
     rows = []
     for entry in grid.top(LISTED):
         row, col = entry.place
-        left, top, right, bottom = (round(edge) for edge in e.roles.box_of_patch(row, col, e.image))
-        where = f"row {row:>2}, column {col:>2}"
-        rows.append(f"  {where}{entry.value:+9.4f}   pixels x {left}–{right}, y {top}–{bottom}")
+        pixels = ""
+        if e.roles.picture(e.image).map is not None:
+            left, top, right, bottom = (round(edge) for edge in e.roles.box_of_patch(row, col, e.image))
+            pixels = f"   pixels x {left}–{right}, y {top}–{bottom}"
+        rows.append(f"  row {row:>2}, column {col:>2}{entry.value:+9.4f}{pixels}")
     share, most = float(attention.values.sum()), attention.top(1)[0]
     image = float(e.patches().values.sum())
     text = float(e.positions.sum().values) - image

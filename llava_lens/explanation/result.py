@@ -119,7 +119,8 @@ class Explanation:
         return findings.findings(self)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain values; every patch with its box in pixels of the original picture."""
+        """Everything as plain values; `picture` says which of the original's pixels the patches cover, if known."""
+        known = self.roles.picture(self.image).map
         return {
             "model": self.model,
             "question": self.question,
@@ -138,8 +139,8 @@ class Explanation:
             "patch_attention": _bare(self.patch_attention()),
             "picture": {
                 "image": self.image,
-                "size": list(self.roles.image_size(self.image)),
-                "patches_cover": list(self.roles.region(self.image)),
+                "size": known and list(known.size),
+                "patches_cover": known and list(known.region()),
             },
             "layers": _bare(self.layers),
             "heads": _bare(self.heads),

@@ -6,6 +6,7 @@ own.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -171,8 +172,9 @@ def method_of(method: str | Callable[..., Tensor]) -> tuple[str, Method]:
         return method, METHODS[method]
     if not callable(method):
         raise LensError(f"method of type {type(method).__name__}; expected a name or a function of a case")
-    name = getattr(method, "__name__", type(method).__name__)
-    return name, Method(method, (inspect.getdoc(method) or name).partition("\n")[0], unit="")
+    named = method.func if isinstance(method, functools.partial) else method
+    name = getattr(named, "__name__", type(named).__name__)
+    return name, Method(method, (inspect.getdoc(named) or name).partition("\n")[0], unit="")
 
 
 def check_options(name: str, method: Method, options: dict[str, Any]) -> None:

@@ -17,12 +17,14 @@ from llava_lens.analysis.markup import escaped
 from llava_lens.analysis.scores import Scores
 from llava_lens.explanation import Explanation
 from llava_lens.plots.canvas import painted
-from llava_lens.plots.pictures import extent_of, fitting
+from llava_lens.plots.pictures import LARGEST, extent_of, fitting
 from llava_lens.roles import Roles
 
 Box = tuple[float, float, float, float]
 STEPS = 11
 """Colours of a legend."""
+UNDER = 600
+"""Pixels along a side of the picture under a map, which shows less of it."""
 WIDE, HIGH, EDGE = 420, 190, 34
 """The chart of layers, and its margin for numbers, in its own units."""
 
@@ -38,7 +40,7 @@ def scene(e: Explanation, picture: Image.Image, caption: str) -> str:
 def stage(e: Explanation, picture: Image.Image, grid: Scores, caption: str) -> str:
     """A map over the picture, with its legend and a line for the patch that is pointed at."""
     values, two_sided, most = grid.values.double().numpy(), markup.signed(grid), markup.largest(grid)
-    over = _address(Image.fromarray(painted(values, two_sided)), "PNG")
+    over = _address(painted(values, two_sided), "PNG")
     place = _style(e.roles.region(e.image), e.roles, e.image)
     low = -most if two_sided else 0.0
     ramp = painted(np.linspace(low, most, STEPS)[None], two_sided)[0]
@@ -60,7 +62,8 @@ def _open(e: Explanation) -> str:
 
 def _under(e: Explanation, picture: Image.Image, kind: str) -> str:
     width, height = map(float, e.roles.image_size(e.image))
-    address, place = _address(fitting(picture), "JPEG"), _style((0.0, 0.0, width, height), e.roles, e.image)
+    pixels = np.asarray(fitting(picture, UNDER if "seen" in kind else LARGEST))
+    address, place = _address(pixels, "JPEG"), _style((0.0, 0.0, width, height), e.roles, e.image)
     return f'<img class="{kind}" alt="the picture" src="{address}" style="{place}">'
 
 
@@ -83,10 +86,10 @@ def _style(box: Box, roles: Roles, index: int) -> str:
     return ";".join(f"{name}:{share:.4%}" for name, share in shares.items())
 
 
-def _address(picture: Image.Image, kind: str) -> str:
-    """A picture as an address that holds it."""
+def _address(pixels: np.ndarray, kind: str) -> str:
+    """Pixels as an address that holds them, and nothing else that the picture's file may say (a place, a comment)."""
     out = io.BytesIO()
-    picture.save(out, kind, **({"quality": 90} if kind == "JPEG" else {}))
+    Image.fromarray(pixels).save(out, kind, **({"quality": 90} if kind == "JPEG" else {}))
     return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
 
 

@@ -38,10 +38,10 @@ def explanation_page(explanation: Explanation, image: Any, command: str = "") ->
 
 
 def _top(e: Explanation) -> str:
-    others = ", ".join(f"{word} {p:.1%}" for word, p in e.likeliest if word != e.answer)
-    lines = [f'<h1>{escaped(e.question)}</h1><p class="answer">→ <b>{escaped(e.text or e.answer)}</b></p>']
+    others = ", ".join(f"<bdi>{escaped(word)}</bdi> {p:.1%}" for word, p in e.likeliest if word != e.answer)
+    lines = [f'<h1 dir="auto">{escaped(e.question)}</h1><p class="answer">→ <b>{escaped(e.text or e.answer)}</b></p>']
     lines.append(f"<p>Explained: <b>{escaped(e.answer)}</b>, probability <b>{e.probability:.1%}</b>")
-    lines.append(f' <span class="faint">(next: {escaped(others)})</span></p>' if others else "</p>")
+    lines.append(f' <span class="faint">(next: {others})</span></p>' if others else "</p>")
     if e.versus is not None:
         lines.append(
             f"<p>Compared with <b>{escaped(e.versus)}</b>: log p({escaped(e.answer)}) − log p({escaped(e.versus)}) "

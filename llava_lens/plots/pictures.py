@@ -140,8 +140,8 @@ def _faint(picture: Image.Image) -> np.ndarray:
     return np.repeat((0.72 + 0.28 * grey)[..., None], 3, -1)
 
 
-def fitting(picture: Image.Image) -> Image.Image:
-    factor = max(*picture.size, LARGEST) / LARGEST
+def fitting(picture: Image.Image, largest: int = LARGEST) -> Image.Image:
+    factor = max(*picture.size, largest) / largest
     return picture if factor == 1 else picture.resize([max(1, round(s / factor)) for s in picture.size])
 
 
