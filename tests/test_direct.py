@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -410,3 +412,16 @@ def test_inputs_of_hugging_faces_processor_do() -> None:
     with torch.no_grad():
         _, cache = model.run_with_cache(**example(hf_llava("plain"), (1,)))
     assert direct_logit_attribution(cache, by="source").over_image().axes == ("layer", "head", "row", "col")
+
+
+def test_ids_of_numpy_and_torch_are_ids_and_arrays_several() -> None:
+    _, _, cache = run("plain")
+    wanted = direct_logit_attribution(cache, [3, 4], 5).values
+    for given in (np.array([3, 4]), torch.tensor([3, 4]), [np.int64(3), torch.tensor(4)]):
+        assert torch.equal(direct_logit_attribution(cache, given, np.int64(5)).values, wanted)
+    one = direct_logit_attribution(cache, np.int64(3), torch.tensor(5))
+    assert one.axes == ("batch", "component")
+    torch.testing.assert_close(one.values, wanted[:, 0])
+    json.dumps(one.to_json())
+    with pytest.raises(LensError, match=r"versus tensor\(1.5000\); expected one token id or a string"):
+        direct_logit_attribution(cache, 3, torch.tensor(1.5))

@@ -249,7 +249,7 @@ def test_the_highest_positions_are_certain_where_no_doubt_can_change_their_order
 @pytest.mark.parametrize("by, part", [("head", "attn.o_proj"), ("position", "attn.o_proj"), ("neuron", "mlp.out_proj")])
 def test_weights_changed_after_the_run_are_noticed(by: Any, part: str) -> None:
     model, cache = run("grouped")
-    changed = copy.deepcopy(model)
+    changed: Any = copy.deepcopy(model)
     with torch.no_grad():
         changed.blocks[1].get_submodule(part).weight.mul_(1.05)
     other = LlavaCache(cache.cache_dict, changed, inputs=cache.inputs)
@@ -296,7 +296,7 @@ def test_the_largest_cells_are_exact_and_the_others_within_what_is_said() -> Non
 
 def test_first_order_settles_small_cells() -> None:
     hf = hf_llava("plain")
-    model = copy.deepcopy(HookedLlava.from_hf(hf))
+    model: Any = copy.deepcopy(HookedLlava.from_hf(hf))
     with torch.no_grad():
         for block in model.blocks:
             block.attn.o_proj.weight.mul_(0.02)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from random_models import example, hf_llama, hf_llava
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from llava_lens import HookedLlava, LlavaCache
 from llava_lens.analysis import Lens, logit_lens, names_for_lens, tower_lens, visual_words
+from llava_lens.analysis.attribution.needs import whole
 from llava_lens.analysis.attribution.readout import Readout
 from llava_lens.analysis.lenses import words
 from llava_lens.errors import LensError
@@ -372,3 +375,36 @@ def test_a_lens_that_is_not_there_and_probabilities_of_cosines() -> None:
         names_for_lens(model, "logit_lense")
     with pytest.raises(LensError, match="scores in cosine are no probabilities"):
         _ = visual_words(cache).probs
+
+
+@pytest.mark.parametrize("given", [1.5, True, "a", None, [1], torch.tensor(0.5), np.array([1, 2]), 5, -1])
+def test_what_is_no_whole_number_in_the_range_is_refused(given: Any) -> None:
+    with pytest.raises(LensError, match=r"position .*; expected 0 … 4"):
+        whole("position", given, 0, 4)
+    _, _, cache = run("plain")
+    with pytest.raises(LensError, match="position True; expected -18 … 17"):
+        logit_lens(cache, [True])
+
+
+def test_positions_of_numpy_and_torch() -> None:
+    _, _, cache = run("plain")
+    wanted = logit_lens(cache, [3, 5], WORD).scores.values
+    for given in (np.array([3, 5]), torch.tensor([3, 5]), (np.int64(3), torch.tensor(5))):
+        assert torch.equal(logit_lens(cache, given, WORD).scores.values, wanted)
+
+
+@pytest.mark.parametrize("lens", [logit_lens, visual_words, tower_lens])
+def test_the_cache_of_a_deeper_model_is_refused(lens: Any) -> None:
+    _, _, cache = run("plain")
+    shallow = HookedLlava.from_hf(hf_llava("shallow"))
+    with pytest.raises(LensError, match="the model has 2 layers: it is another model's cache"):
+        lens(LlavaCache(dict(cache.cache_dict), shallow, inputs=cache.inputs), answer=WORD)
+
+
+def test_a_changed_unembedding_is_noticed() -> None:
+    model, _, cache = run("plain")
+    changed: Any = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.unembed.weight[WORD] *= 1.1
+    with pytest.raises(LensError, match="hook_logits at position 17 are not those of the final stream"):
+        logit_lens(LlavaCache(dict(cache.cache_dict), changed, inputs=cache.inputs), answer=WORD)

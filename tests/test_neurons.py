@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -339,3 +340,22 @@ def test_a_cut_cache_is_refused_by_source() -> None:
     with pytest.raises(LensError, match="values of 1 positions, attention to 18"):
         head_output(cut, 1, 0, "last", WORD)
     assert key_input(cut, 2, "last", WORD).scores.values.shape == (1,)
+
+
+@pytest.mark.parametrize("read", [lambda c: key_input(c, 1, 4, 17, norm="froze"),
+                                  lambda c: head_output(c, 1, 1, None, 17, norm="froze")])  # fmt: skip
+def test_an_unknown_norm_is_not_taken_for_the_frozen_one(read: Any) -> None:
+    with pytest.raises(LensError, match="norm='froze'; expected 'frozen' or 'own'; nearest: 'frozen'"):
+        read(run("plain")[1])
+
+
+def test_stale_weights_are_noticed_by_heads_and_neurons() -> None:
+    model, cache = run("plain")
+    changed: Any = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.blocks[0].attn.o_proj.weight.mul_(1.3)
+    stale = LlavaCache(dict(cache.cache_dict), changed, inputs=cache.inputs)
+    with pytest.raises(LensError, match="parts of the stream do not sum to the pre-activation: the model's weights"):
+        query_neurons(stale, (1, 3))
+    with pytest.raises(LensError, match="heads of layer 0 do not sum"):
+        head_output(stale, 0, 1, answer=17)

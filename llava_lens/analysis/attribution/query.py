@@ -6,6 +6,7 @@ Unusual: everything is read from cached entries, in float32 or better, whatever 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 from einops import rearrange
 from jaxtyping import Float
@@ -33,7 +34,7 @@ class Place:
     query: int
 
     @classmethod
-    def of(cls, cache: LlavaCache, row: int, position: int) -> Place:
+    def of(cls, cache: LlavaCache, row: int, position: SupportsIndex) -> Place:
         """Resolve a position: -1 is the last that is not padding, other negative ones count from the row's end.
 
         Positions are the prompt's, also where the cache kept only some of them.

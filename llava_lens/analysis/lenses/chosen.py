@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ from llava_lens.errors import LensError, nearest
 from llava_lens.kernels import upcast
 from llava_lens.roles import SELECTORS, Roles
 
-Positions = str | int | Iterable[int] | None
+Positions = str | SupportsIndex | Iterable[SupportsIndex] | None
 
 
 @dataclass(frozen=True)
