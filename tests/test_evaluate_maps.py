@@ -250,6 +250,9 @@ def test_a_report_comes_back_from_its_file(report, tmp_path):
     frame = again.to_frame()
     assert len(frame) == len(report.methods) * len(report.measures) and set(frame["n"]) <= {1, 2}
     assert {"method", "measure", "score", "low", "high"} <= set(frame.columns)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(LensError, match=r"other\.json was not written by save: KeyError: 'items'"):
+        MapReport.load(tmp_path / "other.json")
 
 
 # ---- going on, the same again, and refusing

@@ -363,3 +363,19 @@ def test_a_notebook_shows_no_grid_of_what_is_large_or_has_other_axes() -> None:
         read = Read(Scores(torch.rand(shape), axes)._repr_html_())
         assert read.cells == [] and "table" in read.tags
     assert Read(Scores(torch.zeros(2, 0), ("layer", "head"))._repr_html_()).cells == []
+
+
+@pytest.mark.parametrize("place", [slice(None, None, -1), slice(None, None, 0), True, 3, -4])
+def test_places_that_there_are_not_are_refused(place):
+    scores = Scores(torch.arange(12.0).reshape(3, 4), ("layer", "head"))
+    with pytest.raises(LensError, match=r"^layer .*; expected"):
+        scores[{"layer": place}]
+    with pytest.raises(LensError, match="the top -1"):
+        scores.top(-1)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"axes": 3}', "\x00"])
+def test_a_file_that_holds_no_scores_is_refused(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(LensError, match=r"a.json was not written by save: \w+: "):
+        Scores.load(tmp_path / "a.json")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Shaped
@@ -23,6 +24,7 @@ from llava_lens.errors import LensError, nearest
 from llava_lens.roles import Roles
 
 Label = int | str
+T = TypeVar("T")
 
 
 class Entry(NamedTuple):
@@ -125,11 +127,16 @@ class Scores:
         index: list[int | slice] = [slice(None)] * len(self.axes)
         labels = {axis: self.labels_of(axis) for axis in self.labels}
         for axis, place in places.items():
-            if isinstance(place, int) and not -self.length(axis) <= place < self.length(axis):
-                raise LensError(f"{axis} {place}; expected {-self.length(axis)} … {self.length(axis) - 1}")
-            index[self.axis(axis)] = place
-            if isinstance(place, slice):
+            number = self.axis(axis)
+            if isinstance(place, slice) and (place.step is None or place.step > 0):
                 labels[axis] = self.labels_of(axis)[place]
+                index[number] = place
+            elif isinstance(place, bool | slice) or not hasattr(place, "__index__"):
+                raise LensError(f"{axis} {place!r}; expected a number, a label as a string, or a slice forwards")
+            else:
+                index[number] = operator.index(place)
+                if not -self.length(axis) <= place < self.length(axis):
+                    raise LensError(f"{axis} {place}; expected {-self.length(axis)} … {self.length(axis) - 1}")
         kept = tuple(axis for axis, place in zip(self.axes, index, strict=True) if isinstance(place, slice))
         return replace(
             self,
@@ -186,6 +193,8 @@ class Scores:
 
     def top(self, k: int = 10, absolute: bool = False) -> list[Entry]:
         """The `k` highest scores (the largest either way if `absolute`), highest first; NaN is left out."""
+        if k < 0:
+            raise LensError(f"the top {k}; expected 0 or more")
         flat = self.values.flatten()
         ranked = flat.abs() if absolute else flat
         order = ranked.nan_to_num(-math.inf).argsort(descending=True, stable=True)
@@ -264,8 +273,8 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
-        """Read a JSON file that `save` wrote."""
-        return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read a JSON file that `save` wrote; raises `LensError` for another file."""
+        return read_json(path, cls.from_json)
 
     def to_frame(self) -> Any:
         """A pandas frame with one row per score: a column of labels per axis, `score`, and `low` and `high` if any.
@@ -279,6 +288,15 @@ class Scores:
 
     def _repr_html_(self) -> str:
         return shown_as_html(self)
+
+
+def read_json(path: str | Path, of: Callable[[Any], T]) -> T:
+    """What a JSON file holds, made into something; raises `LensError` where that cannot be."""
+    text = Path(path).read_bytes()
+    try:
+        return of(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LensError(f"{path} was not written by save: {type(error).__name__}: {error}") from error
 
 
 def _plain(values: Any) -> Any:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llava_lens.analysis.intervals import bootstrap
-from llava_lens.analysis.scores import Scores
+from llava_lens.analysis.scores import Scores, read_json
 from llava_lens.errors import LensError, nearest
 from llava_lens.maps.scoring import better
 
@@ -139,8 +139,8 @@ class MapReport:
 
     @classmethod
     def load(cls, path: str | Path) -> MapReport:
-        """Read a JSON file that `save` wrote."""
-        return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read a JSON file that `save` wrote; raises `LensError` for another file."""
+        return read_json(path, cls.from_json)
 
     def to_frame(self) -> Any:
         """A pandas frame of the means, a row per method and measure, with `low`, `high` and `n`."""
