@@ -186,8 +186,9 @@ def text(found: dict[str, Any]) -> str:
         counts = ", ".join(f"{count} {what}" for what, count in each["counts"].items())
         parts += [f"### {name.replace('_', ' ').capitalize()}", f"{each['about'].capitalize()}. {counts}."]
         if "mean" in each:
-            groups = [[f"{one}/{operator}" for one in OF_OPERATORS] for operator in OPERATORS]
-            parts += [table(each, names) for names in (OVERALL, *groups, OF_MASKS) if any(map(each["n"].get, names))]
+            by_operator = [[f"{one}/{operator}" for one in OF_OPERATORS] for operator in OPERATORS]
+            groups = [OVERALL, *(by_operator if each is found["sets"].get("held_out") else ()), OF_MASKS]
+            parts += [table(each, names) for names in groups if any(map(each["n"].get, names))]
     costly, facts = next(each for each in found["sets"].values() if "costs" in each), found["machine"]
     rows = [
         [method, *("?" if v is None else f"{v * by:.4g}" for v, by in zip(costs, (1, 1, 1e3, 2**-20), strict=True))]
