@@ -37,6 +37,7 @@ THINNED = {
     "test_the_loop_over_the_stream_equals_brute_force": 2,
     "test_the_softmax_is_exact_with_qk": 9,
     "test_the_strongest_patch_is_on_the_asked_object": 0,
+    "test_the_strongest_patch_moves_when_the_other_object_is_asked": 0,
     "test_the_strongest_patch_lies_on_the_asked_object": 0,
     "test_tower_and_projector": 2,
     "test_training_runs_and_resumes": 0,
