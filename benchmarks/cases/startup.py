@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -113,15 +114,18 @@ def load(settings: Settings) -> Found:
         study.hf.save_pretrained(folder)
         processor_for(size).save_pretrained(folder)
         size_on_disk = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-        variants = []
-        for name, (first, body) in LOADS.items():
-            before, body = PREPARE.format(**facts) + first + "\n", body.format(**facts)
-            variants.append(Variant(name, partial(in_fresh_process, before, body, folder)))
-            if not settings.quick:
-                variants.append(Variant(f"{name} again", partial(in_fresh_process, before + body, body, folder)))
+        first, again = [], []
+        for name, (imported, body) in LOADS.items():
+            before, body = PREPARE.format(**facts) + imported + "\n", body.format(**facts)
+            first.append(Variant(name, partial(in_fresh_process, before, body, folder)))
+            again.append(Variant(f"{name} again", partial(in_fresh_process, before + body, body, folder)))
         params = {"checkpoint": f"{size_on_disk / 2**20:.0f}MiB"}
         against = "the model that was saved, in float64 (logits behind eight words)"
-        return [*compare("startup/load", size, params, 1, variants, exact, settings, against, warmup)]
+        rows = compare("startup/load", size, params, 1, first, exact, settings, against, warmup)
+        if settings.quick:
+            return [*rows]
+        second = compare("startup/load", size, params, 1, again, exact, settings, against, warmup)
+        return [*rows, *(replace(row, peak_bytes=None) for row in second)]  # it takes over what the first one freed
 
 
 CASES = [
