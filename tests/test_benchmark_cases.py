@@ -162,6 +162,7 @@ def test_weights_are_narrow_again_after_an_error(study):
 def test_rows_of_a_batch_are_prompts_of_their_own(study):
     inputs = batch_of(study, 3)
     assert inputs.tokens.shape == (3, TOY.positions) and inputs.pixels is not None and len(inputs.pixels) == 3
+    assert len(inputs.tokens.unique(dim=0)) == 3
     found = baselines.last_logits(study.hf, inputs)
     torch.testing.assert_close(
         found[1], ours.last_logits(study.model, inputs.with_roles(study.model.cfg).row(1))[0], **LOOSE
@@ -236,7 +237,9 @@ def test_decoding_is_timed_between_tokens_and_compared(study):
 
 def test_a_fresh_process_measures_itself():
     own = in_fresh_process(
-        "import sys\nhold = bytearray(2**26)\ndel hold", "x = bytearray(2**25)\nresult = [len(sys.argv)]", "a"
+        "import sys\nkept, gone = bytearray(2**26), bytearray(2**26)\ndel gone",
+        "x = bytearray(2**25)\nresult = [len(sys.argv)]",
+        "a",
     )
     assert own.result.tolist() == [2.0] and 0 < own.seconds < 5
     if own.peak_bytes is not None:
