@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.baselines import Cell
 from benchmarks.models import Study
+from benchmarks.twins import sharing
 from llava_lens import Inputs
 
 CANNOT = {
@@ -54,13 +54,13 @@ class Bridge:
     """
 
     def __init__(self, study: Study):
-        rewired = copy.deepcopy(study.hf)  # the bridge changes the model it is given
+        rewired = sharing(study.hf)  # the bridge changes the model it is given, but not its weights
         with tempfile.TemporaryDirectory() as folder, nothing_is_installed():
             rewired.config.save_pretrained(folder)
-            _tokenizer(study.size.vocab).save_pretrained(folder)
+            word_tokenizer(study.size.vocab).save_pretrained(folder)
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
             self.bridge = TransformerBridge.boot_transformers(
-                folder, hf_model=rewired, tokenizer=tokenizer, device=str(study.hf.device)
+                folder, hf_model=rewired, tokenizer=tokenizer, device=str(study.hf.device), dtype=study.hf.dtype
             )
         self.cfg = self.bridge.cfg
         self.study = study
@@ -70,14 +70,19 @@ class Bridge:
         return self.bridge.run_with_hooks(tokens, fwd_hooks=list(fwd_hooks), **self._seen(self.study.corrupt))
 
     @torch.inference_mode()
+    def last_logits(self, inputs: Inputs) -> Float[Tensor, "batch d_vocab"]:
+        """A plain forward."""
+        return self.bridge(inputs.tokens, **self._seen(inputs))[:, -1]
+
+    @torch.inference_mode()
+    def cached(self, inputs: Inputs, names: Any = None) -> tuple[Float[Tensor, "batch d_vocab"], Any]:
+        """The last logits, and a cache of everything or of what `names` selects."""
+        logits, cache = self.bridge.run_with_cache(inputs.tokens, names_filter=names, **self._seen(inputs))
+        return logits[:, -1], cache
+
     def clean_cache(self, activation: str) -> Any:
         """The clean run's `activation` in every layer."""
-        _, cache = self.bridge.run_with_cache(
-            self.study.clean.tokens,
-            names_filter=lambda name: name.endswith(f"hook_{activation}"),
-            **self._seen(self.study.clean),
-        )
-        return cache
+        return self.cached(self.study.clean, lambda name: name.endswith(f"hook_{activation}"))[1]
 
     def _seen(self, inputs: Inputs) -> dict[str, Any]:
         return {"pixel_values": inputs.pixels, "logits_to_keep": 1, "use_cache": False}
@@ -110,7 +115,7 @@ class Bridge:
         return self.sweep(patching.get_act_patch_attn_head_out_by_pos, at_last, ("layer", "pos", "head"), clean)
 
 
-def _tokenizer(vocab: int) -> PreTrainedTokenizerFast:
+def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     """One token per word, for a bridge that will not boot without a tokenizer."""
     special = {0: "<pad>", 1: "<s>", 2: "</s>", 3: "<unk>", vocab - 1: "<image>"}
     words = {special.get(i, f"w{i}"): i for i in range(vocab)}

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import measure
+from benchmarks.floors import Work, ceilings, floor
+from benchmarks.measure import Own, measure
 from benchmarks.models import Size
 from benchmarks.rows import Row
 
@@ -22,15 +23,23 @@ class Settings:
     device: str = "cpu"
     rounds: int = 3
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What a model of real size is run in there."""
+        return torch.bfloat16 if self.device.startswith("cuda") else torch.float32
+
 
 @dataclass(frozen=True)
 class Variant:
     """One way to get the numbers. `run` returns them at the cells that are compared; `share` is the part of the work
-    that it does, less than 1 where it visits only those cells."""
+    that it does, less than 1 where it visits only those cells. `work` is what all of it takes at least, from the
+    shapes; `held_bytes` what is kept of it."""
 
     name: str
-    run: Callable[[], Tensor]
+    run: Callable[[], Tensor | Own]
     share: float = 1.0
+    work: Work | None = None
+    held_bytes: int | None = None
 
 
 def spread_out(total: int, count: int) -> list[int]:
@@ -44,24 +53,30 @@ def compare(
     params: dict[str, Any],
     cells: int,
     variants: Sequence[Variant],
-    truth: Tensor,
+    truth: Tensor | None,
     settings: Settings,
     against: str = "run_with_hooks, one whole run per cell, in float64",
+    warmup: int = 1,
 ) -> list[Row]:
-    """Measure the variants, the first being the baseline, and hold what they return against `truth`."""
+    """Measure the variants, the first being the baseline, and hold what they return against `truth`, if there is one.
+
+    Floors are of the size's arithmetic in `settings.dtype`.
+    """
     timings = measure(
         {variant.name: variant.run for variant in variants},
         baseline=variants[0].name,
         rounds=settings.rounds,
+        warmup=warmup,
         device=settings.device,
         scale={variant.name: 1 / variant.share for variant in variants},
     )
-    wanted = truth.detach().double().cpu()
+    wanted = None if truth is None else truth.detach().double().cpu()
+    limits = ceilings(settings.device, settings.dtype, settings.quick) if any(v.work for v in variants) else None
     rows = []
     for variant in variants:
         timing = timings[variant.name]
         found = timing.result.detach().double().cpu()
-        if found.shape != wanted.shape:
+        if wanted is not None and found.shape != wanted.shape:
             raise ValueError(f"{case}, {variant.name}: {tuple(found.shape)} numbers, expected {tuple(wanted.shape)}")
         rows.append(
             Row(
@@ -77,9 +92,12 @@ def compare(
                 times_faster=timing.times_faster,
                 times_faster_by_round=timing.times_faster_by_round,
                 peak_bytes=timing.peak_bytes,
-                error=float((found - wanted).abs().max()),
+                error=None if wanted is None else float((found - wanted).abs().max()),
                 error_against=against,
-                span=float(wanted.max() - wanted.min()),
+                span=0.0 if wanted is None else float(wanted.max() - wanted.min()),
+                floor_seconds=floor(variant.work, limits) if variant.work and limits else None,
+                ceilings=str(limits or ""),
+                held_bytes=variant.held_bytes,
             )
         )
     return rows

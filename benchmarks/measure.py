@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -52,6 +53,15 @@ class Timing:
     result: Any
 
 
+@dataclass(frozen=True)
+class Own:
+    """What a run returns that measured itself: only a part of it counts, or it was another process."""
+
+    result: Any
+    seconds: float
+    peak_bytes: int | None = None
+
+
 def measure(
     variants: Mapping[str, Callable[[], Any]],
     baseline: str,
@@ -63,22 +73,27 @@ def measure(
     """Time each variant once per round, every other round in reverse order.
 
     `scale` multiplies the seconds of a variant that does only a part of the work. `result` is what the variant
-    returned in its last run.
+    returned in its last run. Without a warm-up there is no run for the peak either, and it is unknown where the runs
+    do not measure it themselves (`Own`).
     """
     if baseline not in variants:
         raise ValueError(f"the baseline {baseline!r} is not among {', '.join(variants)}")
     for _ in range(warmup):
         for run in variants.values():
             run()
-    peaks = {name: peak_bytes(run, device) for name, run in variants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     results: dict[str, Any] = {}
     names = list(variants)
-    for turn in range(rounds):
-        for name in names if turn % 2 == 0 else names[::-1]:
-            results.pop(name, None)
-            taken, results[name] = timed(variants[name], device)
-            seconds[name].append(taken * (scale or {}).get(name, 1.0))
+    with settled_heap():
+        peaks = {name: peak_bytes(run, device) if warmup else None for name, run in variants.items()}
+        for turn in range(rounds):
+            for name in names if turn % 2 == 0 else names[::-1]:
+                results.pop(name, None)
+                taken, results[name] = timed(variants[name], device)
+                if isinstance(results[name], Own):
+                    own = results[name]
+                    taken, results[name], peaks[name] = own.seconds, own.result, own.peak_bytes or peaks[name]
+                seconds[name].append(taken * (scale or {}).get(name, 1.0))
     return summarise(seconds, baseline, peaks, results)
 
 
@@ -102,6 +117,17 @@ def summarise(
         )
         for name, own in seconds.items()
     }
+
+
+@contextmanager
+def settled_heap() -> Iterator[None]:
+    """What is there already is no garbage: collecting before every call then looks at what the calls leave alone."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:

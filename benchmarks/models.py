@@ -55,23 +55,28 @@ class Size:
 SIZES = {
     "toy": Size("toy", 3, 64, 112, 4, 2, 97, 3, 3, 48, 3, before=2, question=5, after=2),
     "bench": Size("bench", 16, 384, 1024, 16, 16, 8192, 8, 4, 128, 2),
+    "gemm": Size("gemm", 8, 1024, 2816, 8, 8, 8192, 22, 4, 192, 3, question=16),
+    "tower": Size("tower", 1, 1024, 2816, 8, 8, 97, 24, 7, 512, 8),
+    "7b": Size("7b", 32, 4096, 11008, 32, 32, 32064, 24, 24, 1024, 16, question=28),
 }
-"""The tower of `bench` takes a few per cent of a forward, as the real one's does."""
+"""The towers of `bench` and `gemm` take a few per cent of a forward, as the real one's does; products of matrices are
+most of the work of `gemm` and `tower`. `7b` is LLaVA-1.5-7B but for the side of a patch (8 pixels instead of 14)."""
 
 
 @torch.no_grad()
 def shake(model: torch.nn.Module, seed: int = 0) -> None:
     """Random weights large enough that every part matters, gains and biases included."""
-    generator = torch.Generator().manual_seed(seed)
+    generators: dict[torch.device, torch.Generator] = {}
     for name, weight in model.named_parameters():
-        noise = torch.randn(weight.shape, generator=generator).to(weight)
+        generator = generators.setdefault(weight.device, torch.Generator(weight.device).manual_seed(seed))
+        noise = torch.randn(weight.shape, generator=generator, device=weight.device).to(weight)
         gain = "norm" in name and name.endswith("weight")
         weight.copy_(1 + 0.2 * noise if gain else noise * (0.1 if weight.ndim == 1 else 1.2 / weight.shape[-1] ** 0.5))
 
 
 @lru_cache(maxsize=2)
 def build(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """A random `LlavaForConditionalGeneration` with sdpa attention; equal sizes give equal weights."""
+    """A random `LlavaForConditionalGeneration` with sdpa attention; equal arguments give equal weights."""
     text = LlamaConfig(
         vocab_size=size.vocab,
         hidden_size=size.d_model,
@@ -94,9 +99,10 @@ def build(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32) -
         text_config=text, vision_config=tower, image_token_index=size.image_token, image_seq_length=size.grid**2
     )
     config.architectures = ["LlavaForConditionalGeneration"]
-    model: Any = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    with torch.device(device):
+        model: Any = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
     shake(model)
-    return model.eval().to(device)
+    return model.eval()
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,9 +138,14 @@ class Study:
         return list(range(start, start + self.size.question))
 
 
-def make_study(size: Size, differ: Literal["picture", "words"] = "picture", device: str = "cpu") -> Study:
+def make_study(
+    size: Size,
+    differ: Literal["picture", "words"] = "picture",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Study:
     """Clean and corrupt differ in the picture alone, or in three words of the question alone."""
-    hf = build(size, device)
+    hf = build(size, device, dtype)
     model = HookedLlava.from_hf(hf)
     generator = torch.Generator().manual_seed(1)
     tokens = prompt(size, generator)
@@ -147,7 +158,7 @@ def make_study(size: Size, differ: Literal["picture", "words"] = "picture", devi
         swapped = tokens[0, third : third + 3] - FIRST_WORD
         other_tokens[0, third : third + 3] = FIRST_WORD + (swapped + 1) % (size.image_token - FIRST_WORD)
     clean, corrupt = (
-        Inputs.from_tokens(t.to(device), model.cfg, p.to(device))
+        Inputs.from_tokens(t.to(device), model.cfg, p.to(device, dtype))
         for t, p in ((tokens, pixels), (other_tokens, other_pixels))
     )
     return Study(size, hf, model, clean, corrupt, FIRST_WORD + 1, FIRST_WORD + 2)
@@ -159,6 +170,15 @@ def prompt(size: Size, generator: torch.Generator, question: int | None = None) 
     words = torch.randint(FIRST_WORD, size.image_token, (count,), generator=generator)
     pictures = torch.full((size.images * size.grid**2,), size.image_token)
     return torch.cat((torch.tensor([1]), words[: size.before], pictures, words[size.before :]))[None]
+
+
+def batch_of(study: Study, count: int) -> Inputs:
+    """Prompts of one length, each with words and pictures of its own."""
+    size, generator, like = study.size, torch.Generator().manual_seed(3), study.clean.pixels
+    assert like is not None
+    tokens = torch.cat([prompt(size, generator) for _ in range(count)])
+    pixels = torch.randn(count * size.images, *like.shape[1:], generator=generator)
+    return Inputs(tokens.to(like.device), pixels.to(like))
 
 
 def questions(study: Study, count: int = 5) -> list[Inputs]:

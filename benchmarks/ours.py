@@ -1,15 +1,43 @@
-"""The one place that knows how llava_lens's sweeps are called."""
+"""The one place that knows how llava_lens is called."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.models import Study
-from llava_lens import Inputs, analysis
+from llava_lens import HookedLlava, Inputs, LlavaCache, analysis
+
+
+@torch.inference_mode()
+def last_logits(model: HookedLlava, inputs: Inputs) -> Float[Tensor, "batch d_vocab"]:
+    """A plain forward for a single answer."""
+    return model(inputs, logits_to_keep=1)[:, -1]
+
+
+@torch.inference_mode()
+def encode(model: HookedLlava, pixels: Tensor) -> Float[Tensor, "image feature d_model"]:
+    """Tower and projector."""
+    return model.encode_image(pixels)
+
+
+@torch.inference_mode()
+def cached(model: HookedLlava, inputs: Inputs, names: Any = None) -> tuple[Float[Tensor, "batch d_vocab"], LlavaCache]:
+    """The last logits, and a cache of everything or of what `names` selects."""
+    logits, cache = model.run_with_cache(inputs, names_filter=names, logits_to_keep=1)
+    return logits[:, -1], cache
+
+
+@torch.inference_mode()
+def last_patterns(model: HookedLlava, inputs: Inputs) -> Float[Tensor, "layer batch head key"]:
+    """What the last position looks at, in every layer and head of the decoder."""
+    names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
+    _, cache = model.run_with_cache(inputs, names_filter=names, pos_slice=-1, logits_to_keep=1)
+    return torch.stack([cache[name][:, :, 0] for name in names])
 
 
 def patch_resid(study: Study) -> Float[Tensor, "layer position"]:
@@ -32,6 +60,12 @@ def knock_out(study: Study, sources: Sequence[Sequence[int]], width: int) -> Flo
 def ask(study: Study, prompts: Sequence[Inputs]) -> Float[Tensor, "prompt d_vocab"]:
     """Each prompt's last logits."""
     return analysis.ask(study.model, list(prompts))
+
+
+def screen(study: Study, top_k: int = 0) -> analysis.Screened:
+    """The residual grid of `patch_resid` by first order, the `top_k` cells that it puts first run exactly."""
+    how: Any = dict(metric=_difference(study), progress=False, top_k=top_k)
+    return analysis.attribution_patch(study.model, study.clean, study.corrupt, "resid_pre", **how)
 
 
 def _patch(study: Study, hook: str, sweep: tuple[str, ...], at: str | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.floors import FLOOR
 from benchmarks.measure import MEMORY, Spread
 
 
@@ -22,7 +23,8 @@ class Row:
     """One variant of one case. Seconds are for all `cells`, scaled up by count where fewer were measured.
 
     `error` is the largest absolute difference of the metric to `error_against`; `span` is how far that reference
-    itself ranges, largest minus smallest.
+    itself ranges, largest minus smallest; None where there are no numbers to compare. `floor_seconds` is what the work
+    takes at least under `ceilings`; `held_bytes` is what the variant keeps when it is done.
     """
 
     case: str
@@ -37,9 +39,13 @@ class Row:
     times_faster: float
     times_faster_by_round: Spread
     peak_bytes: int | None
-    error: float
+    error: float | None
     error_against: str
     span: float
+    floor_seconds: float | None = None
+    ceilings: str = ""
+    held_bytes: int | None = None
+    per_second: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,19 @@ def cpu_model() -> str:
 HEAD = ("case", "variant", "cells", "seconds", "[low, high]", "× faster", "by round [low, high]", "peak", "error")
 
 
+EXTRA: dict[str, Callable[[Row], str]] = {
+    "floor": lambda row: "" if row.floor_seconds is None else f"{row.floor_seconds:.3g}",
+    "of floor": lambda row: "" if row.floor_seconds is None else f"{row.floor_seconds / row.seconds.median:.2f}",
+    "held": lambda row: "" if row.held_bytes is None else f"{row.held_bytes / 2**20:.1f} MiB",
+    "per second": lambda row: row.per_second,
+}
+"""Columns that stand in a table where a row has something to say in them."""
+
+
 def table(rows: Sequence[Row]) -> str:
     """A markdown table whose columns line up as plain text too; `*` marks seconds scaled up from some cells."""
-    body = [HEAD, *map(_cells, rows)]
+    extra = {name: show for name, show in EXTRA.items() if any(map(show, rows))}
+    body = [(*HEAD, *extra), *((*_cells(row), *(show(row) for show in extra.values())) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*body, strict=True)]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in body]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
@@ -127,7 +143,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.times_faster:.2f}",
         f"{by_round.median:.2f} [{by_round.low:.2f}, {by_round.high:.2f}]",
         "?" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f} MiB",
-        f"{row.error:.1e} of {row.span:.2g}",
+        "none" if row.error is None else f"{row.error:.1e} of {row.span:.2g}",
     )
 
 
@@ -148,6 +164,8 @@ def text(report: Report) -> str:
         + "; ".join(sorted({row.error_against for row in report.rows}))
         + ".",
     ]
+    if any(row.floor_seconds is not None for row in report.rows):
+        lines.append(f"{FLOOR} Ceilings: " + "; ".join(sorted({row.ceilings for row in report.rows} - {""})) + ".")
     lines += [f"size {size}" for size in dict.fromkeys(row.size for row in report.rows)]
     lines += [f"{each.case}: without {each.variant}: {each.reason}" for each in report.left_out]
     return "\n".join(lines)

@@ -1,11 +1,13 @@
 """Brute force over `HookedLlava.run_with_hooks`, one whole run per cell: what errors are measured against.
 
-Run on `study.exact` it is in float64; the names, cells and windows are those of `benchmarks.baselines`.
+Run on `study.exact` it is in float64; the names, cells and windows are those of `benchmarks.baselines`. Unusual: where
+a float64 copy of the whole model would not fit, `in_float64` widens one block at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,3 +87,39 @@ def knock_out(
 def ask(model: HookedLlava, prompts: Sequence[Inputs]) -> Float[Tensor, "prompt d_vocab"]:
     """One forward per question."""
     return torch.cat([model(inputs.to(model.cfg.dtype), logits_to_keep=1)[:, -1] for inputs in prompts])
+
+
+@contextmanager
+def in_float64(model: HookedLlava) -> Iterator[HookedLlava]:
+    """Runs inside are in float64 throughout: each part's weights are widened when its turn comes and put back after.
+
+    Hugging Face's own `.double()` would not do: its norms and its rotary angles go through float32.
+    """
+    narrow: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+
+    def widen(part: Any, _: Any) -> None:
+        narrow[part] = [(weight, weight.data) for weight in part.parameters()]
+        for weight, data in narrow[part]:
+            weight.data = data.double()
+
+    def put_back(part: Any, *_: Any) -> None:
+        for weight, data in narrow.pop(part):
+            weight.data = data
+
+    parts = [*model.blocks, *(part for name, part in model.named_children() if name != "blocks")]
+    handles = [part.register_forward_pre_hook(widen) for part in parts]
+    handles += [part.register_forward_hook(put_back) for part in parts]
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+        for part in list(narrow):
+            put_back(part)
+
+
+@torch.no_grad()
+def last_logits(model: HookedLlava, inputs: Inputs) -> Float[Tensor, "batch d_vocab"]:
+    """Float64 logits of the last position, from a model of any dtype."""
+    with in_float64(model):
+        return model(inputs.to(torch.float64), logits_to_keep=1)[:, -1]

@@ -14,10 +14,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import baselines, measure, ours, truth
+from benchmarks import compare as compare_module
 from benchmarks.__main__ import main
 from benchmarks.bridge import CANNOT, Bridge, nothing_is_installed
 from benchmarks.cases import every_case
 from benchmarks.compare import Settings, Variant, compare, spread_out
+from benchmarks.floors import Ceilings, Work
 from benchmarks.measure import Spread, peak_bytes, summarise
 from benchmarks.models import SIZES, make_study, questions
 from benchmarks.rows import HEAD, table
@@ -163,6 +165,15 @@ def test_variants_are_interleaved_back_and_forth_and_scaled(monkeypatch):
         measure.measure(variants, "c")
 
 
+def test_a_run_that_measured_itself_is_believed():
+    ran = []
+    runs = {"a": lambda: ran.append("a") or measure.Own("made", 3.0, 11), "b": lambda: ran.append("b") or "plain"}
+    timings = measure.measure(runs, "a", rounds=2, warmup=0)
+    assert "".join(ran) == "abba"  # neither a warm-up nor a run for the peak
+    assert timings["a"].seconds == Spread(3.0, 3.0, 3.0) and timings["a"].peak_bytes == 11
+    assert timings["a"].result == "made" and timings["b"].peak_bytes is None and timings["b"].seconds.high < 1
+
+
 def test_peak_memory_sees_what_is_freed_again():
     def hold():
         torch.ones(16 * 2**20)
@@ -193,6 +204,23 @@ def test_rows_hold_error_and_share(study):
     assert len(lines[0].strip("|").split("|")) == len(HEAD)
     with pytest.raises(ValueError, match=r"a/case, short: \(1,\) numbers, expected \(2,\)"):
         compare("a/case", TOY, {}, 20, [Variant("short", lambda: torch.ones(1))], truth_here, Settings(rounds=1))
+
+
+def test_columns_without_a_word_to_say_are_left_out(monkeypatch):
+    monkeypatch.setattr(compare_module, "ceilings", lambda *_: Ceilings(100.0, 10.0, torch.float32))
+    work = Work(flops=200.0, bytes=1.0)
+    variants = [
+        Variant("plain", lambda: torch.zeros(1)),
+        Variant("own", lambda: measure.Own(torch.zeros(1), 8.0), work=work, held_bytes=2**20),
+    ]
+    plain, own = compare("a/case", TOY, {}, 1, variants, None, Settings(rounds=1))
+    assert own.floor_seconds == 2.0 and plain.floor_seconds is None and own.error is None
+    assert "floor" not in table([plain]) and "held" not in table([plain])
+    head, _, first, second = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table([plain, own]).splitlines()
+    )
+    assert head == [*HEAD, "floor", "of floor", "held"]
+    assert first[-3:] == ["", "", ""] and second[-3:] == ["2", "0.25", "1.0 MiB"] and "none" in second
 
 
 def test_the_command_lists_every_case(capsys):

@@ -1,0 +1,55 @@
+"""What the last position looks at: its row of the attention pattern in every layer and head of the decoder."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from benchmarks import floors, ours, truth, twins
+from benchmarks.bridge import Bridge
+from benchmarks.cases import Case
+from benchmarks.cases.cached import size_for
+from benchmarks.cases.sweeps import Found
+from benchmarks.compare import Settings, Variant, compare
+from benchmarks.models import make_study
+from llava_lens import Inputs
+
+AGAINST = "llava_lens on the same weights in float64, one block at a time (attention weights)"
+
+
+@torch.inference_mode()
+def by_hf(hf: Any, inputs: Inputs) -> Float[Tensor, "layer batch head key"]:
+    """From an eager forward that returns whole patterns."""
+    out = hf(**inputs.for_hf(), logits_to_keep=1, use_cache=False, output_attentions=True)
+    return torch.stack([pattern[:, :, -1] for pattern in out.attentions])
+
+
+def by_bridge(bridge: Bridge, inputs: Inputs) -> Float[Tensor, "layer batch head key"]:
+    """From a cache of the patterns."""
+    names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(bridge.cfg.n_layers)]
+    cache = bridge.cached(inputs, names)[1]
+    return torch.stack([cache[name][:, :, -1] for name in names])
+
+
+def last_row(settings: Settings) -> Found:
+    """Batch 1."""
+    size = size_for(settings)
+    study = make_study(size, device=settings.device, dtype=settings.dtype)
+    inputs = study.clean
+    with truth.in_float64(study.model) as model:
+        exact = ours.last_patterns(model, inputs.to(torch.float64))
+    work = floors.prefill(size, 1, settings.dtype.itemsize)
+    variants = [
+        Variant("hf eager", partial(by_hf, twins.sharing(study.hf, "eager"), inputs), work=work),
+        Variant("transformer_lens", partial(by_bridge, Bridge(study), inputs), work=work),
+        Variant("llava_lens", partial(ours.last_patterns, study.model, inputs), work=work),
+    ]
+    cells = size.layers * size.heads
+    return [*compare("patterns/last", size, {"size": size.name}, cells, variants, exact, settings, AGAINST)]
+
+
+CASES = [Case("patterns/last", "the last position's attention in every layer and head", last_row)]
