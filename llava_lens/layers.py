@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from llava_lens import kernels
 from llava_lens.config import ACTIVATIONS, DecoderConfig, TowerConfig
 from llava_lens.hooks import Hook, splice
 from llava_lens.norms import Stream
+from llava_lens.packing import Packed
+from llava_lens.regions import Region, show
 
 Heads = Float[Tensor, "batch pos head d_head"]
 
@@ -117,19 +120,48 @@ class Attention(nn.Module):
         self.hook_pattern = Hook("batch head query key")
         self.hook_z = Hook("batch pos head d_head")
         self.hook_result = Hook("batch pos head d_model")
+        rotated = (self.hook_rot_q, self.hook_rot_k) if isinstance(cfg, DecoderConfig) else ()
+        self.packed = Packed(self.q_proj, self.k_proj, self.v_proj)
+        self.qkv = Region(self.hook_q, self.hook_k, self.hook_v, *rotated, packed=self.packed)
 
     def forward(self, x: Stream, mask: Mask, angles: Angles | None = None, past: KVCache | None = None) -> Stream:
-        q = self.hook_q(self._split(self.q_proj(x))).transpose(1, 2)
-        if angles is not None:
-            q = self.hook_rot_q(kernels.rotate(q, *angles).transpose(1, 2)).transpose(1, 2)
-        k, v = self.keys_and_values(x, angles)
+        """What the heads add to the stream."""
+        return self.output(self.mix(x, mask, angles, past))
+
+    def mix(self, x: Stream, mask: Mask, angles: Angles | None = None, past: KVCache | None = None) -> Heads:
+        """Each head's mixture of values."""
+        q, k, v = self.project(x, angles)
         if past is not None:
             z = past.attend(self, q, k, v, mask)
         else:
             if angles is not None and self.implementation == "eager":
                 k, v = k.contiguous(), v.contiguous()  # as Hugging Face's always present cache lays them out
             z = self.attend(q, k, v, mask)
-        return self.output(self.hook_z(z.transpose(1, 2).contiguous()))
+        return self.hook_z(z.transpose(1, 2).contiguous())
+
+    def project(self, x: Stream, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, `[batch, head, pos, d_head]` each."""
+        if self.qkv.open(x, self.q_proj.weight):
+            return self._project_as_one(x, angles)
+        q = self.hook_q(self._split(self.q_proj(x))).transpose(1, 2)
+        if angles is not None:
+            q = self.hook_rot_q(kernels.rotate(q, *angles).transpose(1, 2)).transpose(1, 2)
+        return q, *self.keys_and_values(x, angles)
+
+    def _project_as_one(self, x: Stream, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self._split(F.linear(x, *self.packed.one)).split(self.shares, dim=2)
+        for hook, heads in ((self.hook_q, q), (self.hook_k, k), (self.hook_v, v)):
+            show(hook, heads)
+        if angles is not None:
+            for hook, heads in ((self.hook_rot_q, q), (self.hook_rot_k, k)):
+                kernels.rotate_(heads, *angles)
+                show(hook, heads)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    @property
+    def shares(self) -> list[int]:
+        """Heads of queries, keys and values in the joint product."""
+        return [self.cfg.n_heads, self.cfg.n_key_value_heads, self.cfg.n_key_value_heads]
 
     def keys_and_values(self, x: Stream, angles: Angles | None) -> tuple[Tensor, Tensor]:
         """Rotated keys and values of normed rows, `[batch, kv_head, pos, d_head]` each."""
@@ -214,14 +246,22 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: TowerConfig):
         super().__init__()
+        self.cfg = cfg
         self.act = ACTIVATIONS[cfg.act_fn]
         self.in_proj = nn.Linear(cfg.d_model, cfg.d_mlp, bias=cfg.mlp_bias)
         self.out_proj = nn.Linear(cfg.d_mlp, cfg.d_model, bias=cfg.mlp_bias)
         self.hook_pre = Hook("batch pos d_mlp")
         self.hook_post = Hook("batch pos d_mlp")
+        self.neurons = Region(self.hook_pre)
 
     def forward(self, x: Stream) -> Stream:
-        return self.out_proj(self.hook_post(self.act(self.hook_pre(self.in_proj(x)))))
+        return self.out_proj(self.hidden(x))
+
+    def hidden(self, x: Stream) -> Float[Tensor, "batch pos d_mlp"]:
+        """The neurons' values."""
+        pre = self.hook_pre(self.in_proj(x))
+        quick = self.cfg.act_fn == "quick_gelu" and self.neurons.open(pre)
+        return self.hook_post(kernels.quick_gelu(pre) if quick else self.act(pre))
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
@@ -247,11 +287,18 @@ class GatedMLP(MLP):
         super().__init__(cfg)
         self.gate_proj = nn.Linear(cfg.d_model, cfg.d_mlp, bias=cfg.mlp_bias)
         self.hook_pre_linear = Hook("batch pos d_mlp")
+        self.packed = Packed(self.gate_proj, self.in_proj)
+        self.neurons = Region(self.hook_pre, self.hook_pre_linear, packed=self.packed)
 
-    def forward(self, x: Stream) -> Stream:
+    def hidden(self, x: Stream) -> Float[Tensor, "batch pos d_mlp"]:
+        if self.neurons.open(x, self.gate_proj.weight):
+            gate, up = F.linear(x, *self.packed.one).chunk(2, dim=-1)
+            show(self.hook_pre, gate)
+            show(self.hook_pre_linear, up)
+            return self.hook_post(kernels.swiglu(gate, up) if self.cfg.act_fn == "silu" else self.act(gate) * up)
         pre = self.hook_pre(self.gate_proj(x))
         pre_linear = self.hook_pre_linear(self.in_proj(x))
-        return self.out_proj(self.hook_post(self.act(pre) * pre_linear))
+        return self.hook_post(self.act(pre) * pre_linear)
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
@@ -264,6 +311,10 @@ class GatedMLP(MLP):
 
 class Block(nn.Module):
     """One pre-norm transformer block; `hook_attn_in` and `hook_mlp_in` touch the branch, the rest the stream."""
+
+    ln1: Any
+    ln2: Any
+    mlp: Any
 
     def __init__(self, cfg: TowerConfig, layer: int, norm: type[nn.Module], mlp: type[nn.Module]):
         super().__init__()
@@ -278,20 +329,45 @@ class Block(nn.Module):
         self.mlp = mlp(cfg)
         self.hook_mlp_out = Hook("batch pos d_model")
         self.hook_resid_post = Hook("batch pos d_model")
+        usual = type(self.attn).forward is Attention.forward and type(self.attn).output is Attention.output
+        self.heads_sum = Region(self.attn.hook_result, self.hook_attn_out, usual=usual)
+        self.mlp_sum = Region(self.hook_mlp_out, usual=type(self.mlp).forward is MLP.forward)
 
     def forward(self, x: Stream, mask: Mask, angles: Angles | None = None, past: KVCache | None = None) -> Stream:
-        return self.second_half(self.first_half(x, mask, angles, past))
+        return self.second_half(self.first_half(x, mask, angles, past), own=True)
 
     def first_half(self, x: Stream, mask: Mask, angles: Angles | None = None, past: KVCache | None = None) -> Stream:
         """The stream with the attention's output added."""
         x = self.hook_resid_pre(x)
-        return x + self.hook_attn_out(self.attn(self.ln1(self.hook_attn_in(x)), mask, angles, past))
+        normed = self.ln1(self.hook_attn_in(x))
+        if not self.heads_sum.open(x, normed, self.attn.o_proj.weight):
+            return x + self.hook_attn_out(self.attn(normed, mask, angles, past))
+        z = self.attn.mix(normed, mask, angles, past)
+        if any(hook.live for hook in self.heads_sum.hooks):
+            self.hook_attn_out(self.attn.output(z))
+        return added(x, z.flatten(-2), self.attn.o_proj)
 
-    def second_half(self, x: Stream) -> Stream:
-        """The stream with the MLP's output added."""
+    def second_half(self, x: Stream, own: bool = False) -> Stream:
+        """The stream with the MLP's output added; `own` says that nobody else holds it."""
         x = self.hook_resid_mid(x)
-        x = x + self.hook_mlp_out(self.mlp(self.ln2(self.hook_mlp_in(x))))
-        return self.hook_resid_post(x)
+        normed = self.ln2(self.hook_mlp_in(x))
+        if not self.mlp_sum.open(x, normed, self.mlp.out_proj.weight):
+            return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(normed)))
+        post = self.mlp.hidden(normed)
+        if self.hook_mlp_out.live:
+            self.hook_mlp_out(self.mlp.out_proj(post))
+        spend = own and not any(hook.live for hook in self.held)
+        return self.hook_resid_post(added(x, post, self.mlp.out_proj, spend))
+
+    @property
+    def held(self) -> tuple[Hook, ...]:
+        """Hooks whose listeners may keep the stream between the halves."""
+        return self.hook_resid_mid, self.hook_mlp_in, self.ln2.hook_scale, self.ln2.hook_normalized
+
+
+def added(x: Stream, values: Float[Tensor, "batch pos d"], linear: nn.Linear, spend: bool = False) -> Stream:
+    """The stream plus a projection, the sum inside the matrix product where that is faster."""
+    return kernels.add_linear(x, values, linear.weight, linear.bias, spend)
 
 
 def bias_of(linear: nn.Linear) -> Tensor:

@@ -23,8 +23,10 @@ from llava_lens.hooks import Hook
 from llava_lens.inputs import Inputs, Processor
 from llava_lens.layers import Block, GatedMLP, KVCache, Mask, Rotary
 from llava_lens.norms import RMSNorm
+from llava_lens.plan import Planned
 from llava_lens.projector import Projector
 from llava_lens.reading import InputReader
+from llava_lens.regions import Path
 from llava_lens.shards import read_json
 from llava_lens.vision import Vision
 from llava_lens.weights import LLAVA_TABLE, assign_state_dict, load_weights, open_checkpoint
@@ -35,7 +37,7 @@ M = TypeVar("M", bound="HookedLlava")
 """The class that a constructor is called on, so that a subclass gets its own type back."""
 
 
-class HookedLlava(InputReader, HookedModel):
+class HookedLlava(InputReader, Planned, HookedModel):
     """LLaVA with every activation named, readable and editable; logits are bit-equal to Hugging Face's.
 
     Decoder hooks carry TransformerLens's names (`blocks.5.attn.hook_pattern`); the tower's are the same under
@@ -48,6 +50,7 @@ class HookedLlava(InputReader, HookedModel):
     Norm = RMSNorm
     Mlp = GatedMLP
     weight_table = LLAVA_TABLE
+    path: Path = "reference"
 
     def __init__(self, cfg: LlavaConfig, processor: Processor | None = None):
         super().__init__()
@@ -133,6 +136,7 @@ class HookedLlava(InputReader, HookedModel):
     def _note_placement(self) -> None:
         weight = self.embed.weight
         self.cfg = replace(self.cfg, device=weight.device, dtype=weight.dtype)
+        self.settle_weights()
 
     generate = continue_prompt
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llava_lens import kernels
 from llava_lens.config import TowerConfig
 from llava_lens.hooks import Hook, splice
+from llava_lens.regions import Region
 
 Stream = Float[Tensor, "batch pos d_model"]
 
@@ -27,6 +28,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(cfg.d_model))
         self.hook_scale = Hook("batch pos 1")
         self.hook_normalized = Hook("batch pos d_model")
+        self.norm = Region(self.hook_scale, self.hook_normalized)
 
     @property
     def w(self) -> Float[Tensor, " d_model"]:
@@ -39,6 +41,13 @@ class RMSNorm(nn.Module):
         return torch.zeros_like(self.weight)
 
     def forward(self, x: Stream) -> Stream:
+        if self.norm.open(x, self.weight):
+            out, scale = kernels.rms_norm(x, self.weight, self.eps)
+            if self.hook_scale.live:
+                self.hook_scale(scale)
+            if self.hook_normalized.live:
+                self.hook_normalized((kernels.upcast(x) / scale).to(x.dtype))
+            return out
         normalized, mean_square = kernels.rms_norm_parts(x, self.eps)
         if self.hook_scale.live:
             scale = mean_square.sqrt()

@@ -33,6 +33,7 @@ THINNED = {
     "test_senders_sum_to_the_effect_of_a_receivers_input": 4,
     "test_so_are_those_of_the_other_direction_of_full_passes_and_of_a_longer_row": 3,
     "test_the_asked_objects_patches_bring_the_answer_back": 0,
+    "test_the_fused_path_is_the_reference_up_to_rounding": 5,
     "test_the_exact_part_is_that_of_patching": 4,
     "test_the_loop_over_the_stream_equals_brute_force": 2,
     "test_the_softmax_is_exact_with_qk": 9,

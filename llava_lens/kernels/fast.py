@@ -71,11 +71,18 @@ def quick_gelu(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
 
 
 def add_linear(
-    x: Float[Tensor, "*rows d"], z: Float[Tensor, "*rows k"], weight: Float[Tensor, "d k"], spend: bool = False
+    x: Float[Tensor, "*rows d"],
+    z: Float[Tensor, "*rows k"],
+    weight: Float[Tensor, "d k"],
+    bias: Float[Tensor, " d"] | None = None,
+    spend: bool = False,
 ) -> Float[Tensor, "*rows d"]:
-    """`x + z Wᵀ`, the sum inside the matrix product; with `spend` it may be written over `x`."""
-    if not x.is_cuda:  # where a product that adds is no faster than one that does not
-        return F.linear(z, weight).add_(x)
+    """`x + z Wᵀ + bias`, the sum inside the matrix product; with `spend` it may be written over `x`.
+
+    On a CPU a product that adds is no faster than one that does not, and with a bias it has its addend.
+    """
+    if not x.is_cuda or bias is not None:
+        return F.linear(z, weight, bias).add_(x)
     flat, rows = x.flatten(0, -2), z.flatten(0, -2)
     total = flat.addmm_(rows, weight.T) if spend else torch.addmm(flat, rows, weight.T)
     return total.view(x.shape)

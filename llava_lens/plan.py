@@ -1,0 +1,123 @@
+"""Which way every stretch of a forward takes: the reference way, or a fused one that is equal up to rounding.
+
+Unusual: the plan is not made beforehand. Each region decides as it is entered, from the hooks that are live then; this
+file switches the fused ways on and off, and tells what would run now.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from types import TracebackType
+from typing import Any
+
+from llava_lens.errors import LensError, nearest
+from llava_lens.regions import PATHS, Path, regions_of
+
+
+class Switch:
+    """What `use` returns: in a `with` statement the path before comes back at the end."""
+
+    before: Path
+
+    def __init__(self, model: Any, before: Path):
+        self.model, self.before = model, before
+
+    def __enter__(self) -> Any:
+        return self.model
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.model._take(self.before)
+
+    def __repr__(self) -> str:
+        return f"using {self.model.path!r}; before {self.before!r}"
+
+
+class Planned:
+    """A model whose blocks have a fused way beside the reference way."""
+
+    path: Path
+
+    def use(self, path: Path | str) -> Switch:
+        """Take the "reference" path, bit-equal to Hugging Face, or the "fused" one, faster and equal up to rounding.
+
+        As a statement it stays; as a context manager (`with model.use("fused"):`) the path before comes back. What may
+        be written by a hook, and what gradients pass through, takes the reference way on either path (`plan()` tells).
+        "fused" moves the weights of queries, keys and values, and of gate and up, next to each other: weights that are
+        shared with another model (`from_hf`) become this model's own. Raises `LensError` for another name.
+        """
+        wanted = next((known for known in PATHS if known == path), None)
+        if wanted is None:
+            raise LensError(f"path {path!r}{nearest(path, PATHS)}; expected 'reference' or 'fused'")
+        before: Path = self.path
+        self._take(wanted)
+        return Switch(self, before)
+
+    def _take(self, path: Path) -> None:
+        self.path = path
+        for _, region in regions_of(self):  # type: ignore[arg-type]
+            region.fused = path == "fused"
+        self.settle_weights()
+
+    def settle_weights(self) -> None:
+        """Put weights that run as one product next to each other, if they do, after they were loaded or moved."""
+        for _, region in regions_of(self):  # type: ignore[arg-type]
+            if region.packed is not None:
+                region.packed.pack() if self.path == "fused" else region.packed.forget()
+
+    def plan(self) -> Plan:
+        """What every region of every block would take now, with the hooks and the gradients that are on now."""
+        return Plan.of(self)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A region, and why it is closed to the fused way (empty: it is open)."""
+
+    region: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.region}: {'reference, ' + self.why if self.why else 'fused'}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The ways of all regions, by the part of the model they belong to (`blocks.3`, `vision.blocks.0`, `ln_final`)."""
+
+    path: Path
+    ways: dict[str, tuple[Way, ...]]
+
+    @classmethod
+    def of(cls, model: Any) -> Plan:
+        """What would run now."""
+        ways: dict[str, list[Way]] = {}
+        for name, region in regions_of(model):
+            head, block, rest = name.partition("blocks.")
+            number, _, inside = rest.partition(".")
+            part, what = (f"{head}blocks.{number}", inside) if block else name.rpartition(".")[::2]
+            weights = list(model.get_submodule(name.rpartition(".")[0]).parameters())
+            ways.setdefault(part, []).append(Way(what, region.why_closed(*weights)))
+        return cls(model.path, {part: tuple(found) for part, found in ways.items()})
+
+    def __getitem__(self, part: str) -> dict[str, str]:
+        """Region → "fused" or the reason why not, of one part; raises `LensError` for a part without regions."""
+        if part not in self.ways:
+            raise LensError(f"no part {part!r}{nearest(part, self.ways)}")
+        return {way.region: way.why or "fused" for way in self.ways[part]}
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for plans that run the same."""
+        return self.path, tuple(self.ways.items())
+
+    def __str__(self) -> str:
+        lines = [f"path {self.path!r}"]
+        for _, group in groupby(self.ways.items(), key=lambda item: (item[0].partition("blocks.")[0], item[1])):
+            parts = list(group)
+            first, last, ways = parts[0][0], parts[-1][0], parts[0][1]
+            name = first if first == last else f"{first} … {last.rpartition('.')[2]}"
+            same = {way.why for way in ways}
+            told = str(Way("all", ways[0].why)) if len(same) == 1 else "; ".join(map(str, ways))
+            lines.append(f"  {name}: {told}")
+        return "\n".join(lines)

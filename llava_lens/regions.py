@@ -1,0 +1,83 @@
+"""Stretches of the forward that run as one while nobody may write inside them.
+
+Unusual: a region is asked anew each time it is entered, which costs a few `if`s; so a plan is never stale. A hook that
+only reads never closes a region: what it wants is shown from beside the fused way, whose result stays what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from llava_lens.hooks import Hook
+from llava_lens.packing import Packed
+
+Path = Literal["reference", "fused"]
+PATHS: tuple[Path, ...] = ("reference", "fused")
+
+
+class Region:
+    """The hooks inside one stretch, and whether its fused way is wanted.
+
+    `usual` is false where a subclass replaced the very method that the fused way stands for; `packed` are weights that
+    it needs to lie side by side.
+    """
+
+    def __init__(self, *hooks: Hook, usual: bool = True, packed: Packed | None = None):
+        self.hooks = hooks
+        self.usual = usual
+        self.packed = packed
+        self.fused = False
+
+    def open(self, *tensors: Tensor) -> bool:
+        """Whether the fused way may be taken with these inputs and weights."""
+        if not (self.fused and self.usual):
+            return False
+        for hook in self.hooks:
+            if hook.live and (hook.may_write or hook.wants_grad):
+                return False
+        if any_gradient(*tensors) or transformed(*tensors):
+            return False
+        return self.packed is None or self.packed.together is not None
+
+    def why_closed(self, *tensors: Tensor) -> str:
+        """The reason why the reference way is taken, empty where it is not."""
+        if self.open(*tensors):
+            return ""
+        if not self.usual:
+            return "a subclass has its own"
+        writers = [hook.name or "" for hook in self.hooks if hook.live and (hook.may_write or hook.wants_grad)]
+        if writers:
+            return f"{writers[0].rpartition('.')[2]} may be written"
+        if any_gradient(*tensors):
+            return "gradients are on"
+        if transformed(*tensors):
+            return "torch.compile or autocast is on"
+        return "its weights lie apart: use('fused') joins them" if self.fused else "the reference path is chosen"
+
+
+def any_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd follows one of these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def transformed(*tensors: Tensor) -> bool:
+    """Whether somebody else decides how operations run: a compiler that traces, or autocast."""
+    return torch.compiler.is_compiling() or any(torch.is_autocast_enabled(each.device.type) for each in tensors[:1])
+
+
+def regions_of(module: nn.Module) -> Iterator[tuple[str, Region]]:
+    """Every region of a model, by its attribute path."""
+    for prefix, part in module.named_modules():
+        for name, value in vars(part).items():
+            if isinstance(value, Region):
+                yield f"{prefix}.{name}" if prefix else name, value
+
+
+def show(hook: Hook, view: Tensor) -> None:
+    """Show part of a larger product to those who only read, as a tensor of its own."""
+    if hook.live:
+        hook(view.clone(memory_format=torch.contiguous_format))
