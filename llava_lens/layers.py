@@ -149,13 +149,14 @@ class Attention(nn.Module):
         return q, *self.keys_and_values(x, angles)
 
     def _project_as_one(self, x: Stream, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self._split(F.linear(x, *self.packed.one)).split(self.shares, dim=2)
-        for hook, heads in ((self.hook_q, q), (self.hook_k, k), (self.hook_v, v)):
-            show(hook, heads)
+        heads = self._split(F.linear(x, *self.packed.one))
+        q, k, v = heads.split(self.shares, dim=2)
+        for hook, part in ((self.hook_q, q), (self.hook_k, k), (self.hook_v, v)):
+            show(hook, part)
         if angles is not None:
-            for hook, heads in ((self.hook_rot_q, q), (self.hook_rot_k, k)):
-                kernels.rotate_(heads, *angles)
-                show(hook, heads)
+            kernels.rotate_(heads[:, :, : -self.shares[2]], *angles)
+            show(self.hook_rot_q, q)
+            show(self.hook_rot_k, k)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     @property
@@ -343,7 +344,7 @@ class Block(nn.Module):
         if not self.heads_sum.open(x, normed, self.attn.o_proj.weight):
             return x + self.hook_attn_out(self.attn(normed, mask, angles, past))
         z = self.attn.mix(normed, mask, angles, past)
-        if any(hook.live for hook in self.heads_sum.hooks):
+        if self.heads_sum.live:
             self.hook_attn_out(self.attn.output(z))
         return added(x, z.flatten(-2), self.attn.o_proj)
 
@@ -356,7 +357,7 @@ class Block(nn.Module):
         post = self.mlp.hidden(normed)
         if self.hook_mlp_out.live:
             self.hook_mlp_out(self.mlp.out_proj(post))
-        spend = own and not any(hook.live for hook in self.held)
+        spend = own and x.is_cuda and not any(hook.live for hook in self.held)
         return self.hook_resid_post(added(x, post, self.mlp.out_proj, spend))
 
     @property

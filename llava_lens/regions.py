@@ -36,12 +36,22 @@ class Region:
         """Whether the fused way may be taken with these inputs and weights."""
         if not (self.fused and self.usual):
             return False
-        for hook in self.hooks:
-            if hook.live and (hook.may_write or hook.wants_grad):
-                return False
-        if any_gradient(*tensors) or transformed(*tensors):
+        if any_gradient(*tensors) or transformed() or (self.live and self.writers):
             return False
         return self.packed is None or self.packed.together is not None
+
+    @property
+    def live(self) -> bool:
+        """Whether anything listens inside."""
+        for hook in self.hooks:  # noqa: SIM110 (a generator and `Hook.live` would double what an idle region costs)
+            if hook._forward_hooks or hook._backward_hooks or hook._forward_pre_hooks:
+                return True
+        return False
+
+    @property
+    def writers(self) -> list[Hook]:
+        """Hooks with a listener that may edit what passes inside, or wants a gradient there."""
+        return [hook for hook in self.hooks if hook.live and (hook.may_write or hook.wants_grad)]
 
     def why_closed(self, *tensors: Tensor) -> str:
         """The reason why the reference way is taken, empty where it is not."""
@@ -49,12 +59,11 @@ class Region:
             return ""
         if not self.usual:
             return "a subclass has its own"
-        writers = [hook.name or "" for hook in self.hooks if hook.live and (hook.may_write or hook.wants_grad)]
-        if writers:
-            return f"{writers[0].rpartition('.')[2]} may be written"
+        if self.writers:
+            return f"{str(self.writers[0].name).rpartition('.')[2]} may be written"
         if any_gradient(*tensors):
             return "gradients are on"
-        if transformed(*tensors):
+        if transformed():
             return "torch.compile or autocast is on"
         return "its weights lie apart: use('fused') joins them" if self.fused else "the reference path is chosen"
 
@@ -64,9 +73,9 @@ def any_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def transformed(*tensors: Tensor) -> bool:
+def transformed() -> bool:
     """Whether somebody else decides how operations run: a compiler that traces, or autocast."""
-    return torch.compiler.is_compiling() or any(torch.is_autocast_enabled(each.device.type) for each in tensors[:1])
+    return torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
 def regions_of(module: nn.Module) -> Iterator[tuple[str, Region]]:

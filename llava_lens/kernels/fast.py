@@ -6,6 +6,8 @@ plan takes the reference path where they are asked for. Half precision is widene
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -18,9 +20,15 @@ def rms_norm(x: Float[Tensor, "*rows d"], weight: Float[Tensor, " d"], eps: floa
     """`weight ∘ x / rms(x)`, and the root mean square `[*rows, 1]` in float32 or better."""
     wide = upcast(x)
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    scale = length.square_().div_(x.shape[-1]).add_(eps).sqrt_()
-    out = wide / scale
-    return out.mul_(weight).to(x.dtype), scale
+    scale = torch.addcmul(constant(eps, wide.dtype, wide.device), length, length, value=1 / x.shape[-1]).sqrt_()
+    return (wide / scale).mul_(weight).to(x.dtype), scale
+
+
+@lru_cache(maxsize=64)
+def constant(value: float, dtype: torch.dtype, device: torch.device) -> Float[Tensor, ""]:
+    """A number as a tensor, made once."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device=device)
 
 
 def add_rms_norm(
@@ -53,11 +61,9 @@ def add_layer_norm(
 def rotate_(x: Float[Tensor, "batch pos head d_head"], cos: Float[Tensor, "#batch 1 pos d_head"], sin: Tensor) -> None:
     """Rotary position embedding of queries or keys, in place; cosines and sines as `reference.rotate` takes them."""
     half = x.shape[-1] // 2
-    cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
-    turned = x.roll(half, -1).mul_(sin)
-    x.mul_(cos)
-    x[..., :half].sub_(turned[..., :half])
-    x[..., half:].add_(turned[..., half:])
+    turned = x.roll(half, -1)
+    turned[..., :half].neg_()
+    x.mul_(cos.transpose(1, 2)).addcmul_(turned, sin.transpose(1, 2))
 
 
 def swiglu(gate: Float[Tensor, "*rows d"], up: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
