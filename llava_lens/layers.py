@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -123,6 +122,7 @@ class Attention(nn.Module):
         rotated = (self.hook_rot_q, self.hook_rot_k) if isinstance(cfg, DecoderConfig) else ()
         self.packed = Packed(self.q_proj, self.k_proj, self.v_proj)
         self.qkv = Region(self.hook_q, self.hook_k, self.hook_v, *rotated, packed=self.packed)
+        self.out = Packed(self.o_proj)
 
     def forward(self, x: Stream, mask: Mask, angles: Angles | None = None, past: KVCache | None = None) -> Stream:
         """What the heads add to the stream."""
@@ -149,7 +149,7 @@ class Attention(nn.Module):
         return q, *self.keys_and_values(x, angles)
 
     def _project_as_one(self, x: Stream, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
-        heads = self._split(F.linear(x, *self.packed.one))
+        heads = self._split(self.packed(x))
         q, k, v = heads.split(self.shares, dim=2)
         for hook, part in ((self.hook_q, q), (self.hook_k, k), (self.hook_v, v)):
             show(hook, part)
@@ -254,6 +254,7 @@ class MLP(nn.Module):
         self.hook_pre = Hook("batch pos d_mlp")
         self.hook_post = Hook("batch pos d_mlp")
         self.neurons = Region(self.hook_pre)
+        self.out = Packed(self.out_proj)
 
     def forward(self, x: Stream) -> Stream:
         return self.out_proj(self.hidden(x))
@@ -293,7 +294,7 @@ class GatedMLP(MLP):
 
     def hidden(self, x: Stream) -> Float[Tensor, "batch pos d_mlp"]:
         if self.neurons.open(x, self.gate_proj.weight):
-            gate, up = F.linear(x, *self.packed.one).chunk(2, dim=-1)
+            gate, up = self.packed(x).chunk(2, dim=-1)
             show(self.hook_pre, gate)
             show(self.hook_pre_linear, up)
             return self.hook_post(kernels.swiglu(gate, up) if self.cfg.act_fn == "silu" else self.act(gate) * up)
@@ -331,8 +332,9 @@ class Block(nn.Module):
         self.hook_mlp_out = Hook("batch pos d_model")
         self.hook_resid_post = Hook("batch pos d_model")
         usual = type(self.attn).forward is Attention.forward and type(self.attn).output is Attention.output
-        self.heads_sum = Region(self.attn.hook_result, self.hook_attn_out, usual=usual)
-        self.mlp_sum = Region(self.hook_mlp_out, usual=type(self.mlp).forward is MLP.forward)
+        self.heads_sum = Region(self.attn.hook_result, self.hook_attn_out, usual=usual, packed=self.attn.out)
+        usual = type(self.mlp).forward is MLP.forward
+        self.mlp_sum = Region(self.hook_mlp_out, usual=usual, packed=self.mlp.out)
 
     def forward(self, x: Stream, mask: Mask, angles: Angles | None = None, past: KVCache | None = None) -> Stream:
         return self.second_half(self.first_half(x, mask, angles, past), own=True)
@@ -346,7 +348,7 @@ class Block(nn.Module):
         z = self.attn.mix(normed, mask, angles, past)
         if self.heads_sum.live:
             self.hook_attn_out(self.attn.output(z))
-        return added(x, z.flatten(-2), self.attn.o_proj)
+        return self.attn.out.add(x, z.flatten(-2))
 
     def second_half(self, x: Stream, own: bool = False) -> Stream:
         """The stream with the MLP's output added; `own` says that nobody else holds it."""
@@ -358,17 +360,12 @@ class Block(nn.Module):
         if self.hook_mlp_out.live:
             self.hook_mlp_out(self.mlp.out_proj(post))
         spend = own and x.is_cuda and not any(hook.live for hook in self.held)
-        return self.hook_resid_post(added(x, post, self.mlp.out_proj, spend))
+        return self.hook_resid_post(self.mlp.out.add(x, post, spend))
 
     @property
     def held(self) -> tuple[Hook, ...]:
         """Hooks whose listeners may keep the stream between the halves."""
         return self.hook_resid_mid, self.hook_mlp_in, self.ln2.hook_scale, self.ln2.hook_normalized
-
-
-def added(x: Stream, values: Float[Tensor, "batch pos d"], linear: nn.Linear, spend: bool = False) -> Stream:
-    """The stream plus a projection, the sum inside the matrix product where that is faster."""
-    return kernels.add_linear(x, values, linear.weight, linear.bias, spend)
 
 
 def bias_of(linear: nn.Linear) -> Tensor:

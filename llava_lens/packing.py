@@ -9,10 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
+
+from llava_lens import kernels
 
 Joint = tuple[Tensor, Tensor | None]
 """Weight and bias of several projections as one."""
+WORTH_BLOCKING = 2**17
+"""Below so many numbers in a weight the call to oneDNN costs more than its order saves."""
+Held = tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None, int]
+"""Where a weight or a bias is kept, under which name, which it was, and where it lay."""
 
 
 class Packed:
@@ -21,6 +29,22 @@ class Packed:
     def __init__(self, *linears: nn.Linear):
         self.linears = linears
         self.forget()
+
+    def __call__(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows joint"]:
+        """All projections of `x` side by side; to be called where the weights lie `together`."""
+        assert self._joint is not None
+        if self._blocked is not None:
+            if self._versions == self.versions:
+                return torch.ops.mkldnn._linear_pointwise(x, self._blocked, self._joint[1], "none", [], "")
+            self._blocked = None  # an edited weight is run as it is now
+        return F.linear(x, *self._joint)
+
+    def add(self, x: Float[Tensor, "*rows d"], values: Float[Tensor, "*rows k"], spend: bool = False) -> Tensor:
+        """`x` plus the projection of `values`; with `spend` it may be written over `x`."""
+        if self._blocked is not None:
+            return self(values).add_(x)
+        assert self._joint is not None
+        return kernels.add_linear(x, values, *self._joint, spend)
 
     def pack(self) -> None:
         """Move the weights, and the biases, next to each other; done already, it does nothing."""
@@ -35,10 +59,23 @@ class Packed:
                 part.data = rows
         self.forget()
 
+    def block(self, rows: int) -> None:
+        """Hold a second copy of a large weight in oneDNN's own order, chosen for inputs of so many rows."""
+        if self.together is not None and self.together[0].numel() >= WORTH_BLOCKING:
+            self._blocked = torch.ops.mkldnn._reorder_linear_weight(self.together[0], rows)
+            self._versions = self.versions
+
+    @property
+    def versions(self) -> list[int]:
+        """Counters that every edit in place of a weight raises (one through `.data` does not)."""
+        return [linear.weight._version for linear in self.linears]
+
     def forget(self) -> None:
         """Hold on to no memory that the weights may have left."""
-        self._seen: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None, int]] = []
+        self._seen: list[Held] = []
         self._joint: Joint | None = None
+        self._blocked: Tensor | None = None
+        self._versions: list[int] = []
 
     @property
     def together(self) -> Joint | None:
@@ -52,13 +89,7 @@ class Packed:
         held = [(linear._parameters, name) for linear in self.linears for name in ("weight", "bias")]
         parts = [(parameters, name, parameters[name]) for parameters, name in held]
         self._seen = [(p, name, part, 0 if part is None else part.data_ptr()) for p, name, part in parts]
-        self._joint = joint(self.linears)
-        return self._joint
-
-    @property
-    def one(self) -> Joint:
-        """The weight and the bias that `together` has just found."""
-        assert self._joint is not None
+        self._joint, self._blocked = joint(self.linears), None
         return self._joint
 
 

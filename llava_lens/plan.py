@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from llava_lens.errors import LensError, nearest
 from llava_lens.regions import PATHS, Path, regions_of
@@ -46,12 +48,30 @@ class Planned:
         "fused" moves the weights of queries, keys and values, and of gate and up, next to each other: weights that are
         shared with another model (`from_hf`) become this model's own. Raises `LensError` for another name.
         """
-        wanted = next((known for known in PATHS if known == path), None)
-        if wanted is None:
+        if path not in PATHS:
             raise LensError(f"path {path!r}{nearest(path, PATHS)}; expected 'reference' or 'fused'")
         before: Path = self.path
-        self._take(wanted)
+        self._take(cast(Path, path))
         return Switch(self, before)
+
+    def optimize_for_cpu(self, rows: int = 512) -> None:
+        """Take the fused path with every projection of the blocks held a second time, in oneDNN's own order.
+
+        Large products then take less time (docs/benchmarks.md says how much), for twice the memory of their weights;
+        small ones stay as they are. `rows` is the length of inputs to choose the order for. An edit of a weight is noticed (not one through
+        `.data`), and that product runs without the copy from then on. Raises `LensError` for a model that is not in
+        float32 on a CPU, and for a torch without these functions.
+        """
+        weight = next(self.parameters())  # type: ignore[attr-defined]
+        if weight.device.type != "cpu" or weight.dtype != torch.float32:
+            raise LensError(f"a model in {weight.dtype} on {weight.device}; optimize_for_cpu takes float32 on a CPU")
+        known = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        if not (known and torch.backends.mkldnn.is_available()):
+            raise LensError(f"torch {torch.__version__} is without oneDNN's packed products; use('fused') needs none")
+        self._take("fused")
+        for _, region in regions_of(self):  # type: ignore[arg-type]
+            if region.packed is not None:
+                region.packed.block(rows)
 
     def _take(self, path: Path) -> None:
         self.path = path

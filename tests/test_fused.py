@@ -9,7 +9,7 @@ import torch
 from random_models import ODD, example, hf_llama, hf_llava
 from torch import nn
 
-from llava_lens import HookedLlava, Inputs
+from llava_lens import HookedLlava, Inputs, packing
 from llava_lens.analysis import knock_out, patch
 from llava_lens.errors import LensError
 from llava_lens.hooks import reader
@@ -264,3 +264,31 @@ def test_autocast_gets_the_reference():
     _, fused = pair()
     with torch.autocast("cpu", torch.bfloat16):
         assert fused.plan()["blocks.0"]["mlp.neurons"] == "torch.compile or autocast is on"
+
+
+def test_packed_for_a_cpu_it_is_the_same_and_edits_are_seen(monkeypatch):
+    monkeypatch.setattr(packing, "WORTH_BLOCKING", 0)
+    reference, fused = pair("grouped")
+    inputs = inputs_for("grouped")
+    fused.optimize_for_cpu()
+    assert fused.path == "fused" and fused.blocks[0].attn.packed._blocked is not None
+    assert distance(fused(inputs), reference(inputs)) < 1e-5
+    for model in (reference, fused):
+        with torch.no_grad():
+            model.blocks[0].attn.W_V.mul_(2)
+            model.blocks[2].mlp.out_proj.weight.neg_()
+        model.blocks[1].mlp.gate_proj.weight = nn.Parameter(
+            model.blocks[1].mlp.gate_proj.weight * 3, requires_grad=False
+        )
+    assert distance(fused(inputs), reference(inputs)) < 1e-5
+    fused.to(torch.float64)
+    assert distance(fused(inputs), reference.to(torch.float64)(inputs)) < 1e-13
+
+
+def test_what_cannot_be_packed_for_a_cpu_says_so(monkeypatch):
+    model = pair()[1].to(torch.bfloat16)
+    with pytest.raises(LensError, match=r"torch.bfloat16 on cpu; .* float32 on a CPU"):
+        model.optimize_for_cpu()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(LensError, match=r"without oneDNN's packed products; use\('fused'\)"):
+        model.to(torch.float32).optimize_for_cpu()
