@@ -58,9 +58,9 @@ class Planned:
         """Take the fused path with every projection of the blocks held a second time, in oneDNN's own order.
 
         Large products then take less time (docs/benchmarks.md says how much), for twice the memory of their weights;
-        small ones stay as they are. `rows` is the length of inputs to choose the order for. An edit of a weight is noticed (not one through
-        `.data`), and that product runs without the copy from then on. Raises `LensError` for a model that is not in
-        float32 on a CPU, and for a torch without these functions.
+        small ones stay as they are. `rows` is the length of inputs to choose the order for. An edit of a weight is
+        noticed (not one through `.data`), and that product runs without the copy from then on. Raises `LensError` for
+        a model that is not in float32 on a CPU, and for a torch without these functions.
         """
         weight = next(self.parameters())  # type: ignore[attr-defined]
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
