@@ -333,17 +333,24 @@ class Block(nn.Module):
         self.hook_resid_post = Hook("batch pos d_model")
         usual = type(self.attn).forward is Attention.forward and type(self.attn).output is Attention.output
         self.heads_sum = Region(self.attn.hook_result, self.hook_attn_out, usual=usual, packed=self.attn.out)
+        self.sum_and_norm = Region(*self.heads_sum.hooks, *self.held, usual=usual and hasattr(self.ln2, "after_adding"))
         usual = type(self.mlp).forward is MLP.forward
         self.mlp_sum = Region(self.hook_mlp_out, usual=usual, packed=self.mlp.out)
 
     def forward(self, x: Stream, mask: Mask, angles: Angles | None = None, past: KVCache | None = None) -> Stream:
-        return self.second_half(self.first_half(x, mask, angles, past), own=True)
+        if self.attn.o_proj.bias is None or not self.sum_and_norm.open(x, self.attn.o_proj.weight):
+            return self.second_half(self.first_half(x, mask, angles, past), own=True)
+        x = self.hook_resid_pre(x)
+        out = self.hook_attn_out(self.attn(self.ln1(self.hook_attn_in(x)), mask, angles, past))
+        x, normed = self.ln2.after_adding(x, out)
+        self.hook_mlp_in(self.hook_resid_mid(x))
+        return self._add_neurons(x, normed)
 
     def first_half(self, x: Stream, mask: Mask, angles: Angles | None = None, past: KVCache | None = None) -> Stream:
         """The stream with the attention's output added."""
         x = self.hook_resid_pre(x)
         normed = self.ln1(self.hook_attn_in(x))
-        if not self.heads_sum.open(x, normed, self.attn.o_proj.weight):
+        if not self.heads_sum.open(x, self.attn.o_proj.weight):
             return x + self.hook_attn_out(self.attn(normed, mask, angles, past))
         z = self.attn.mix(normed, mask, angles, past)
         if self.heads_sum.live:
@@ -353,8 +360,10 @@ class Block(nn.Module):
     def second_half(self, x: Stream, own: bool = False) -> Stream:
         """The stream with the MLP's output added; `own` says that nobody else holds it."""
         x = self.hook_resid_mid(x)
-        normed = self.ln2(self.hook_mlp_in(x))
-        if not self.mlp_sum.open(x, normed, self.mlp.out_proj.weight):
+        return self._add_neurons(x, self.ln2(self.hook_mlp_in(x)), own)
+
+    def _add_neurons(self, x: Stream, normed: Stream, own: bool = True) -> Stream:
+        if not self.mlp_sum.open(x, self.mlp.out_proj.weight):
             return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(normed)))
         post = self.mlp.hidden(normed)
         if self.hook_mlp_out.live:

@@ -42,12 +42,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Stream) -> Stream:
         if self.norm.open(x, self.weight):
-            out, scale = kernels.rms_norm(x, self.weight, self.eps)
-            if self.hook_scale.live:
-                self.hook_scale(scale)
-            if self.hook_normalized.live:
-                self.hook_normalized((kernels.upcast(x) / scale).to(x.dtype))
-            return out
+            return self._shown(x, *kernels.rms_norm(x, self.weight, self.eps))
         normalized, mean_square = kernels.rms_norm_parts(x, self.eps)
         if self.hook_scale.live:
             scale = mean_square.sqrt()
@@ -55,6 +50,18 @@ class RMSNorm(nn.Module):
             if touched:
                 normalized = splice(normalized, kernels.upcast(x) / seen, scale, seen)
         return self.weight * self.hook_normalized(normalized.to(x.dtype))
+
+    def after_adding(self, x: Stream, branch: Stream) -> tuple[Stream, Stream]:
+        """The stream with a branch added, and its norm, in one step; only where nobody writes inside."""
+        total, out, scale = kernels.add_rms_norm(x, branch, self.weight, self.eps)
+        return total, self._shown(total, out, scale)
+
+    def _shown(self, x: Stream, out: Stream, scale: Float[Tensor, "batch pos 1"]) -> Stream:
+        if self.hook_scale.live:
+            self.hook_scale(scale)
+        if self.hook_normalized.live:
+            self.hook_normalized((kernels.upcast(x) / scale).to(x.dtype))
+        return out
 
 
 class LayerNorm(RMSNorm):
@@ -70,7 +77,14 @@ class LayerNorm(RMSNorm):
         return self.bias
 
     def forward(self, x: Stream) -> Stream:
-        out = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return self._told(x, F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps))
+
+    def after_adding(self, x: Stream, branch: Stream) -> tuple[Stream, Stream]:
+        total, out = kernels.add_layer_norm(x, branch, self.weight, self.bias, self.eps)
+        return total, self._told(total, out)
+
+    def _told(self, x: Stream, out: Stream) -> Stream:
+        """The norm's output after listeners have seen, and perhaps changed, what is inside."""
         if not (self.hook_scale.live or self.hook_normalized.live):
             return out
         centered, scale = kernels.layer_norm_parts(x, self.eps)

@@ -120,21 +120,21 @@ def test_an_edit_anywhere_is_that_of_the_reference():
 def test_a_writer_closes_its_region_of_its_layer_alone():
     _, fused = pair()
     regions = dict(regions_of(fused))
-    inside = {hook.name: name for name, region in regions.items() for hook in region.hooks}
-    for hook, region in inside.items():
+    for hook in {each.name for region in regions.values() for each in region.hooks}:
+        around = [name for name, region in regions.items() if hook in {each.name for each in region.hooks}]
         with fused.hooks(fwd_hooks=[(hook, lambda act, hook: None)]):
-            closed = [name for name, each in regions.items() if not each.open()]
-            assert closed == [region]
-            part, _, what = region.rpartition(".") if "blocks." not in region else split(region)
+            assert [name for name, each in regions.items() if not each.open()] == around
+            part, what = split(around[0])
             assert fused.plan()[part][what] == f"{hook.rpartition('.')[2]} may be written"
         with fused.hooks(fwd_hooks=[(hook, reader(lambda act, hook: None))]):
             assert all(each.open() for each in regions.values())
 
 
-def split(region: str) -> tuple[str, str, str]:
-    head, _, rest = region.partition("blocks.")
+def split(region: str) -> tuple[str, str]:
+    """`blocks.0.attn.qkv` as the plan has it: the block, and the region in it."""
+    head, block, rest = region.partition("blocks.")
     number, _, inside = rest.partition(".")
-    return f"{head}blocks.{number}", ".", inside
+    return (f"{head}blocks.{number}", inside) if block else region.rpartition(".")[::2]
 
 
 def test_gradients_take_the_reference_path_and_the_plan_says_so():
