@@ -196,7 +196,8 @@ def answer(settings: Settings) -> Found:
         size, path = on_disk.study.size, str(Path(on_disk.folder) / "picture.png")
         pixels = np.random.default_rng(0).integers(0, 256, (8 * size.grid, 8 * size.grid, 3), np.uint8)
         Image.fromarray(pixels).save(path)
-        asked = processor_for(size)(images=Image.fromarray(pixels), text=QUESTION, return_tensors="pt")
+        processor: Any = processor_for(size)
+        asked = processor(images=Image.fromarray(pixels), text=QUESTION, return_tensors="pt")
         exact = on_disk.exact(dict(asked))
         variants = [
             Variant(name, partial(in_fresh_process, before, body.format(device=settings.device), on_disk.folder, path))
