@@ -27,6 +27,9 @@ MAX_PIXELS = 100_000_000
 MAX_ASPECT = 100
 """The most that a picture's long side may exceed its short side by, as a factor."""
 
+PIL_CLASSES = ("CLIPImageProcessorPil", "LlavaImageProcessorPil")
+"""The image processors of transformers that are used here, by name: what defines them is imported late."""
+
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 
@@ -318,10 +321,13 @@ def pil_processor(hf: Any) -> Any:
 
 def pil_class_name(hf: Any) -> str:
     """The name of that twin's class. Raises `LensError` for any other image processor."""
+    for inherited in type(hf).__mro__:
+        if inherited.__name__ in PIL_CLASSES:
+            return inherited.__name__
     settings = _settings_of(hf)
     kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "CLIPImageProcessor"
     name = kind.removesuffix("Fast").removesuffix("Pil").removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
-    if name not in ("CLIP", "Llava"):
+    if f"{name}ImageProcessorPil" not in PIL_CLASSES:
         raise LensError(f"an image processor of type {kind!r}; expected CLIPImageProcessor or LlavaImageProcessor")
     return f"{name}ImageProcessorPil"
 
