@@ -1,7 +1,7 @@
 """Where a checkpoint lies and what it says of itself: a folder or a hub id becomes configuration and tensors.
 
 Unusual: the original LLaVA release describes a Llama with `mm_…` keys and names its vision tower instead of holding
-it; here it becomes the `LlavaConfig` that transformers would have written, and the tower's own folder is read too.
+it; here it becomes the configuration that transformers would have written, and the tower's own folder is read too.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
-from transformers import CONFIG_MAPPING, LlamaConfig, LlavaConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from llava_lens.errors import nearest
+from llava_lens.families import Llama, Llava, family
 from llava_lens.shards import WEIGHT_FILES, CheckpointError, Entry, read_headers, read_index, read_json
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -179,7 +180,7 @@ def _check_original(id_or_dir: str | Path, facts: dict[str, Any]) -> None:
 
 def _parse(id_or_dir: str | Path, facts: dict[str, Any], tower: Checkpoint | None = None) -> PreTrainedConfig:
     try:
-        return _llava_config(facts, tower.config) if tower else CONFIG_MAPPING[facts["model_type"]].from_dict(facts)
+        return _llava_config(facts, tower.config) if tower else family(facts["model_type"]).from_dict(facts)
     except (KeyError, TypeError, ValueError, AttributeError, StrictDataclassError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{id_or_dir}: config.json describes no {facts['model_type']!r} ({reason})") from error
@@ -201,14 +202,14 @@ def _open_tower(id_or_dir: str | Path, hub: dict[str, Any], held: bool, owner: s
     return Checkpoint(getattr(config, "vision_config", config), folder, seeing)
 
 
-def _llava_config(facts: dict[str, Any], vision: Any) -> LlavaConfig:
+def _llava_config(facts: dict[str, Any], vision: Any) -> Llava:
     """The original release in transformers' terms; `<image>` is the first id outside its vocabulary."""
     if facts.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
         raise ValueError(
             f"the tower is of width {vision.hidden_size}; expected {facts['mm_hidden_size']} (mm_hidden_size)"
         )
-    text = LlamaConfig(**{key: facts[key] for key in LLAMA_FIELDS if facts.get(key) is not None})
-    return LlavaConfig(
+    text = Llama(**{key: facts[key] for key in LLAMA_FIELDS if facts.get(key) is not None})
+    return Llava(
         vision_config=vision,
         text_config=text,
         image_token_index=text.vocab_size,

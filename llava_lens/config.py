@@ -1,26 +1,54 @@
 """What a model is made of, as frozen facts with TransformerLens's names; each config reads itself from Hugging Face's.
 
 Unusual: `vision.n_layers` counts the tower layers that *run*. LLaVA reads an inner layer (23 of CLIP's 24), so the
-layers above it are neither built nor loaded.
+layers above it are neither built nor loaded. What takes transformers long to import is asked for only where it is used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LlamaConfig
-from transformers.activations import ACT2FN
+import torch.nn.functional as F
+from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 CPU = torch.device("cpu")
 NOT_ARCHITECTURE = ("model_name", "tokenizer_name", "device", "dtype", "eos_token_ids", "pad_token_id")
-ACTIVATIONS = ACT2FN
-"""Activation functions by the name a checkpoint's config gives them."""
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's GELU, approximated by a sigmoid."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+"""Activation functions of published checkpoints; `activation` finds the rest in transformers."""
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The function that a checkpoint's config means by this name. Raises `ValueError` for an unknown one."""
+    if name in ACTIVATIONS:
+        return ACTIVATIONS[name]
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise ValueError(f"unknown activation {name!r}; known: {', '.join(sorted(ACT2FN))}")
+    return ACT2FN[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +74,7 @@ class TowerConfig:
     def __post_init__(self) -> None:
         if self.n_heads % self.n_key_value_heads:
             raise ValueError(f"{self.n_heads} heads cannot share {self.n_key_value_heads} key/value heads evenly")
-        if self.act_fn not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {self.act_fn!r}; known: {', '.join(sorted(ACTIVATIONS))}")
+        activation(self.act_fn)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +231,8 @@ class DecoderConfig(TowerConfig):
         return None
 
     def _as_llama(self) -> LlamaConfig:
+        from transformers import LlamaConfig
+
         return LlamaConfig(
             hidden_size=self.d_model,
             num_attention_heads=self.n_heads,

@@ -11,6 +11,7 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ MAX_PIXELS = 100_000_000
 """The largest picture that is decoded, padded or resized to, in pixels."""
 MAX_ASPECT = 100
 """The most that a picture's long side may exceed its short side by, as a factor."""
+
+PIL_CLASSES = ("CLIPImageProcessorPil", "LlavaImageProcessorPil")
+"""The image processors of transformers that are used here, by name: what defines them is imported late."""
 
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
@@ -240,11 +244,20 @@ class PixelMap:
 
 
 class ImageProcessor:
-    """Hugging Face's PIL image processor of a checkpoint, with the map that belongs to it."""
+    """Hugging Face's PIL image processor of a checkpoint, with the map that belongs to it.
+
+    Made at the first picture: what transformers imports for it takes longer than loading a small model.
+    """
 
     def __init__(self, hf: Any, image_size: int, patch_size: int):
-        self.hf = pil_processor(hf)
+        pil_class_name(hf)
+        self.given = hf
         self.image_size, self.patch_size = image_size, patch_size
+
+    @cached_property
+    def hf(self) -> Any:
+        """The processor of transformers."""
+        return pil_processor(self.given)
 
     @property
     def pads_to_square(self) -> bool:
@@ -300,14 +313,24 @@ def resized_size(size: Any, width: int, height: int) -> tuple[int, int]:
 
 def pil_processor(hf: Any) -> Any:
     """The PIL twin of a CLIP or LLaVA image processor, given as an object or as the settings in its JSON file."""
-    from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
+    import transformers
 
-    if isinstance(hf, CLIPImageProcessorPil | LlavaImageProcessorPil):
-        return hf
-    settings = dict(hf) if isinstance(hf, dict) else hf.to_dict()
+    kind = getattr(transformers, pil_class_name(hf))
+    return hf if isinstance(hf, kind) else kind.from_dict(_settings_of(hf))
+
+
+def pil_class_name(hf: Any) -> str:
+    """The name of that twin's class. Raises `LensError` for any other image processor."""
+    for inherited in type(hf).__mro__:
+        if inherited.__name__ in PIL_CLASSES:
+            return inherited.__name__
+    settings = _settings_of(hf)
     kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "CLIPImageProcessor"
-    kinds = {"CLIP": CLIPImageProcessorPil, "Llava": LlavaImageProcessorPil}
     name = kind.removesuffix("Fast").removesuffix("Pil").removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
-    if name not in kinds:
+    if f"{name}ImageProcessorPil" not in PIL_CLASSES:
         raise LensError(f"an image processor of type {kind!r}; expected CLIPImageProcessor or LlavaImageProcessor")
-    return kinds[name].from_dict(settings)
+    return f"{name}ImageProcessorPil"
+
+
+def _settings_of(hf: Any) -> dict[str, Any]:
+    return dict(hf) if isinstance(hf, dict) else hf.to_dict()

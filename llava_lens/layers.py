@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llava_lens import kernels
-from llava_lens.config import ACTIVATIONS, DecoderConfig, TowerConfig
+from llava_lens.config import DecoderConfig, TowerConfig, activation
 from llava_lens.hooks import Hook, splice
 from llava_lens.norms import Stream
 from llava_lens.packing import Packed
@@ -35,6 +35,14 @@ class Angles(NamedTuple):
 
     cos: Tensor
     sin: Tensor
+
+
+class Embedding(nn.Embedding):
+    """One vector per id or position."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # there torch would import its compiler to draw numbers that nobody gets
+            super().reset_parameters()
 
 
 class Rotary(nn.Module):
@@ -248,7 +256,7 @@ class MLP(nn.Module):
     def __init__(self, cfg: TowerConfig):
         super().__init__()
         self.cfg = cfg
-        self.act = ACTIVATIONS[cfg.act_fn]
+        self.act = activation(cfg.act_fn)
         self.in_proj = nn.Linear(cfg.d_model, cfg.d_mlp, bias=cfg.mlp_bias)
         self.out_proj = nn.Linear(cfg.d_mlp, cfg.d_model, bias=cfg.mlp_bias)
         self.hook_pre = Hook("batch pos d_mlp")

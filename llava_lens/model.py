@@ -21,7 +21,7 @@ from llava_lens.generate import generate as continue_prompt
 from llava_lens.hooked import HookedModel
 from llava_lens.hooks import Hook
 from llava_lens.inputs import Inputs, Processor
-from llava_lens.layers import Block, GatedMLP, KVCache, Mask, Rotary
+from llava_lens.layers import Block, Embedding, GatedMLP, KVCache, Mask, Rotary
 from llava_lens.norms import RMSNorm
 from llava_lens.plan import Planned
 from llava_lens.projector import Projector
@@ -59,7 +59,7 @@ class HookedLlava(InputReader, Planned, HookedModel):
         if cfg.vision is not None:
             self.vision = self.Vision(cfg.vision)
             self.projector = self.Projector(cfg)
-        self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.embed = Embedding(cfg.d_vocab, cfg.d_model)
         self.hook_text_embed = Hook("batch pos d_model")
         self.hook_embed = Hook("batch pos d_model")
         self.rotary = Rotary(cfg)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llava_lens.config import ACTIVATIONS, LlavaConfig
+from llava_lens.config import LlavaConfig, activation
 from llava_lens.hooks import Hook
 
 
@@ -19,7 +19,7 @@ class Projector(nn.Module):
         self.hook_in = Hook("batch feature d_features")
         self.linear_1 = nn.Linear(d_in, cfg.d_model, bias=cfg.projector_bias)
         self.hook_pre = Hook("batch feature d_model")
-        self.act = ACTIVATIONS[cfg.projector_act_fn]
+        self.act = activation(cfg.projector_act_fn)
         self.hook_post = Hook("batch feature d_model")
         self.linear_2 = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.projector_bias)
         self.hook_out = Hook("batch feature d_model")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llava_lens.config import VisionConfig
 from llava_lens.hooks import Hook
-from llava_lens.layers import MLP, Block, Mask, accumulated_bias
+from llava_lens.layers import MLP, Block, Embedding, Mask, accumulated_bias
 from llava_lens.norms import LayerNorm
 
 
@@ -26,7 +26,7 @@ class Vision(nn.Module):
         self.hook_pixels = Hook("batch channel height width")
         self.patch_embed = nn.Conv2d(cfg.n_channels, cfg.d_model, cfg.patch_size, stride=cfg.patch_size, bias=False)
         self.class_embed = nn.Parameter(torch.zeros(cfg.d_model))
-        self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.d_model)
+        self.pos_embed = Embedding(cfg.n_ctx, cfg.d_model)
         self.hook_patch_embed = Hook("batch patch d_model")
         self.hook_class_embed = Hook("batch 1 d_model")
         self.hook_pos_embed = Hook("batch pos d_model")

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 
 from llava_lens.errors import LensError
-from llava_lens.images import MAX_PIXELS, Axis, ImageProcessor, NoSuchImage, load_image, pil_processor, resized_size
+from llava_lens.images import MAX_PIXELS, Axis, ImageProcessor, NoSuchImage, load_image, resized_size
 
 SIDE, PATCH = 24, 6
 SIZES = [(24, 24), (25, 24), (24, 31), (97, 41), (41, 97), (7, 5), (13, 40), (200, 3), (48, 48), (1, 1)]
@@ -205,6 +205,14 @@ def test_pixel_values_are_hugging_faces_bit_for_bit(setting: str) -> None:
     assert ours.dtype == np.float32 and ours.tobytes() == theirs.astype(np.float32).tobytes()
 
 
+def test_a_processor_in_memory_is_used_as_it_is() -> None:
+    class Own(CLIPImageProcessorPil):
+        pass
+
+    own = Own(size={"shortest_edge": SIDE}, crop_size=SIDE)
+    assert ImageProcessor(own, SIDE, PATCH).hf is own
+
+
 def test_settings_from_any_generation_of_files_give_the_same_processor() -> None:
     old = {"crop_size": 24, "size": 24, "do_resize": True, "feature_extractor_type": "CLIPFeatureExtractor"}
     new = {**SETTINGS["shortest edge, cropped"].to_dict(), "image_processor_type": "CLIPImageProcessorFast"}
@@ -213,7 +221,7 @@ def test_settings_from_any_generation_of_files_give_the_same_processor() -> None
     llava = {**SETTINGS["padded to a square"].to_dict(), "image_processor_type": "LlavaImageProcessorFast"}
     assert ImageProcessor(llava, SIDE, PATCH).map(50, 31) == processor("padded to a square").map(50, 31)
     with pytest.raises(LensError, match="type 'SiglipImageProcessor'; expected CLIP"):
-        pil_processor({"image_processor_type": "SiglipImageProcessor"})
+        ImageProcessor({"image_processor_type": "SiglipImageProcessor"}, SIDE, PATCH)
     with pytest.raises(LensError, match="makes pictures of 24×24; expected 30×30"):
         ImageProcessor(old, 30, PATCH).map(50, 31)
 

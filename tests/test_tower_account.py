@@ -15,7 +15,7 @@ from llava_lens import HookedLlava, LlavaCache
 from llava_lens.analysis import attribution_names, direct_logit_attribution, tower_attribution
 from llava_lens.analysis.attribution.features import Picture
 from llava_lens.analysis.attribution.tower import AXES, into_projector, parts
-from llava_lens.config import ACTIVATIONS
+from llava_lens.config import activation
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
 from llava_lens.tiny import questions, render_scene
@@ -104,7 +104,7 @@ def component_by_hand(model: HookedLlava, cache: LlavaCache, image: int, directi
     shares = torch.zeros(len(names) + 1, cfg.n_features, dtype=torch.float64)
     for f in range(cfg.n_features):
         pre = cache["projector.hook_pre"][image, f]
-        factor = ACTIVATIONS[model.cfg.projector_act_fn](pre) / pre
+        factor = activation(model.cfg.projector_act_fn)(pre) / pre
         for i, name in enumerate(names):
             wide = torch.zeros(d * len(cfg.feature_layers), dtype=torch.float64)
             for block, read in enumerate(cfg.feature_layers):
