@@ -17,14 +17,17 @@ from torch import Tensor, nn
 
 from llava_lens.config import LlavaConfig, ending_tokens
 from llava_lens.errors import LensError
+from llava_lens.facts import is_whole
 from llava_lens.generate import generate as continue_prompt
 from llava_lens.hooked import HookedModel
 from llava_lens.hooks import Hook
 from llava_lens.inputs import Inputs, Processor
-from llava_lens.layers import Block, GatedMLP, KVCache, Mask, Rotary
+from llava_lens.kv_cache import KVCache
+from llava_lens.layers import Block, GatedMLP, Mask
 from llava_lens.norms import RMSNorm
 from llava_lens.projector import Projector
 from llava_lens.reading import InputReader
+from llava_lens.rotary import Rotary
 from llava_lens.shards import read_json
 from llava_lens.vision import Vision
 from llava_lens.weights import LLAVA_TABLE, assign_state_dict, load_weights, open_checkpoint
@@ -186,8 +189,8 @@ class HookedLlava(InputReader, HookedModel):
 
     def embed_inputs(self, inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
         """Tokens embedded, with the picture's features in the places of its tokens; raises where they do not match."""
-        slots = inputs.check(self.cfg).slots(self.cfg)
-        tokens = inputs.tokens.masked_fill(slots, 0) if self.image_token_is_outside else inputs.tokens
+        tokens, slots = inputs.check(self.cfg).tokens, inputs.slots(self.cfg)
+        tokens = tokens.masked_fill(slots, 0) if self.image_token_is_outside else tokens
         x = self.hook_text_embed(self.embed_tokens(tokens))
         if inputs.pixels is not None:
             x = self.splice(x, slots, self.encode_image(inputs.pixels))
@@ -226,8 +229,9 @@ class HookedLlava(InputReader, HookedModel):
         """The stream before block `last`, given the one before block `first`."""
         seen = past.length if past is not None else 0
         if positions is None:
-            positions = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
-        angles = self.rotary(positions, x.dtype)
+            angles = self.rotary.span(seen, seen + x.shape[1], x.dtype, x.device)
+        else:
+            angles = self.rotary(positions, x.dtype)
         mask = self.mask(attention_mask, seen, x)
         for block in self.blocks[first:last]:
             x = block(x, mask, angles, past)
@@ -238,12 +242,14 @@ class HookedLlava(InputReader, HookedModel):
         length = x.shape[1]
         if attention_mask is not None and attention_mask.shape != (len(x), seen + length):
             raise LensError(f"attention_mask {tuple(attention_mask.shape)}: expected {(len(x), seen + length)}")
-        padded = attention_mask is not None and not bool(attention_mask.all())
+        padded = attention_mask is not None and not is_whole(attention_mask)
         if not padded and (length == 1 or seen == 0):
             return Mask(causal=True)
+        if padded and length == 1:
+            return Mask(attention_mask[:, None, None].bool())  # type: ignore[index]
         allowed = torch.ones(length, seen + length, dtype=torch.bool, device=x.device).tril(seen)[None, None]
-        if attention_mask is not None:
-            allowed = allowed & attention_mask[:, None, None].bool()
+        if padded:
+            allowed = allowed & attention_mask[:, None, None].bool()  # type: ignore[index]
         return Mask(allowed.expand(len(x), -1, -1, -1))
 
     def read_out(self, x: Float[Tensor, "batch pos d_model"], keep: int | Tensor = 0) -> Tensor:

@@ -1,0 +1,57 @@
+"""What has been found out about a tensor, kept as long as it holds: finding out makes the host wait for a GPU.
+
+Unusual: a fact belongs to the tensor object and ends with the first edit in place, which torch counts. Edits that torch
+does not count (through numpy's view of the memory, or `.data`) are not seen. Inference tensors have no counter, so
+facts about them are found anew each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+T = TypeVar("T")
+_KNOWN = WeakTensorKeyDictionary()
+
+
+def fact(tensor: Tensor, name: Hashable, find: Callable[[Tensor], T]) -> T:
+    """`find(tensor)`, from memory while the tensor is as it was."""
+    value = known(tensor, name)
+    if value is None:
+        value = find(tensor)
+        if not tensor.is_inference():
+            tell(tensor, name, value)
+    return value
+
+
+def known(tensor: Tensor, name: Hashable) -> Any:
+    """The fact, or None where it is not known (any more)."""
+    version, facts = _KNOWN.get(tensor, (None, {}))
+    return facts.get(name) if version == _version(tensor) else None
+
+
+def tell(tensor: Tensor, name: Hashable, value: Any) -> None:
+    """Note a fact that follows from how the tensor was made."""
+    version, facts = _KNOWN.get(tensor, (None, {}))
+    now = _version(tensor)
+    _KNOWN[tensor] = (now, {**(facts if version == now else {}), name: value})
+
+
+def carry(old: Tensor, new: Tensor) -> Tensor:
+    """`new`, a copy with the same values: what is known of `old` holds for it too."""
+    version, facts = _KNOWN.get(old, (None, {}))
+    if new is not old and facts and version == _version(old):
+        _KNOWN[new] = (_version(new), dict(facts))
+    return new
+
+
+def is_whole(mask: Tensor) -> bool:
+    """Whether an attention mask hides nothing."""
+    return fact(mask, "whole", lambda m: bool(m.all()))
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
