@@ -8,13 +8,16 @@ facts about them are found anew each time.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 T = TypeVar("T")
 _KNOWN = WeakTensorKeyDictionary()
+WHOLE = "whole"
+"""Fact about a mask of our own making: whether it hides nothing."""
 
 
 def fact(tensor: Tensor, name: Hashable, find: Callable[[Tensor], T]) -> T:
@@ -48,9 +51,29 @@ def carry(old: Tensor, new: Tensor) -> Tensor:
     return new
 
 
+class MaskFacts(NamedTuple):
+    """The most positions that a row has, whether all values are 0 or 1, and whether all are 1."""
+
+    longest: int
+    binary: bool
+    whole: bool
+
+
+def mask_facts(mask: Tensor) -> MaskFacts:
+    """What an attention mask `[batch, pos]` is like."""
+    return fact(mask, "mask", _look_at_mask)
+
+
 def is_whole(mask: Tensor) -> bool:
     """Whether an attention mask hides nothing."""
-    return fact(mask, "whole", lambda m: bool(m.all()))
+    told = known(mask, WHOLE)
+    return mask_facts(mask).whole if told is None else told
+
+
+def _look_at_mask(mask: Tensor) -> MaskFacts:
+    binary = ((mask == 0) | (mask == 1)).all()
+    longest, fine, whole = torch.stack((mask.sum(-1).max().long(), binary.long(), mask.all().long())).tolist()
+    return MaskFacts(longest, bool(fine), bool(whole))
 
 
 def _version(tensor: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 Unusual: the prompt is run once and then, through the KV cache, only what is new, so after the first step a hook sees
 the one new position (patterns keep all keys); without the cache every step runs the whole text, picture included.
+The host waits for a device once per step, to learn whether every row has ended; without stop tokens it never does.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -25,10 +26,12 @@ from transformers import (
 
 from llava_lens.config import LlavaConfig
 from llava_lens.errors import LensError
-from llava_lens.inputs import Inputs
-from llava_lens.layers import KVCache
+from llava_lens.facts import is_whole, mask_facts, tell
+from llava_lens.inputs import Inputs, tell_written
+from llava_lens.kv_cache import KVCache
 from llava_lens.prompt import spell
 from llava_lens.roles import Roles
+from llava_lens.rotary import REACH
 
 StopTokens = int | str | Sequence[int | str] | None
 GenerateReturn = Literal["tokens", "text", "inputs"]
@@ -76,81 +79,116 @@ def generate(
     or never fired.
     """
     prompt = model.read_inputs(input, **named)
-    stop = torch.tensor(stop_ids(model, stop_tokens), dtype=torch.long, device=prompt.tokens.device)
+    stop = stop_ids(model, stop_tokens)
     check_prompt(prompt, max_new_tokens, model.cfg)
     reply = {"tokens": as_tokens, "text": as_text, "inputs": as_inputs}.get(return_type)
     if reply is None:
         raise LensError(f"return_type {return_type!r}: expected 'tokens', 'text' or 'inputs'")
     _ = model.tokenizer if return_type == "text" else None
     choose = Choice.of(do_sample, temperature, top_k, top_p, repetition_penalty, generator, model.cfg)
-    draft = Draft.of(model, prompt, stop, use_kv_cache)
+    draft = Draft(model, prompt, stop, max_new_tokens, use_kv_cache)
     with model.hooks(fwd_hooks=list(fwd_hooks)):
         for _ in tqdm(range(max_new_tokens), disable=not progress, desc="generate", unit="token"):
             new = draft.append(choose(draft.tokens, draft.logits()))
             if on_step is not None:
                 on_step(new)
-            if not bool(draft.unfinished.any()):
+            if draft.is_finished():
                 break
     return reply(model, prompt, draft)
 
 
-@dataclass
 class Draft:
-    """A text that grows: what it holds, how its positions count, and which rows still go on."""
+    """A text that grows, in tensors as long as it may become: its tokens, their positions, and which rows go on."""
 
-    model: Any
-    tokens: Int[Tensor, "batch pos"]
-    pixels: Float[Tensor, "image channel height width"] | None
-    attention_mask: Int[Tensor, "batch pos"]
-    positions: Int[Tensor, "batch pos"]
-    unfinished: Bool[Tensor, " batch"]
-    stop: Int[Tensor, " stop"]
-    past: KVCache | None
+    def __init__(self, model: Any, prompt: Inputs, stop: list[int], new: int, use_kv_cache: bool):
+        mask = prompt.attention_mask
+        self.prompt = replace(prompt, attention_mask=None) if mask is not None and is_whole(mask) else prompt
+        self.model, self.stop, self.length = model, stop, prompt.n_pos
+        batch, capacity, device = prompt.batch_size, prompt.n_pos + new, prompt.tokens.device
+        self.text = F.pad(prompt.tokens.long(), (0, new))
+        self.mask, self.positions = padded_beyond(self.prompt, new)
+        self.longest = longest_row(prompt)
+        self.past = KVCache(model.cfg.n_layers, capacity) if use_kv_cache else None
+        self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)
+        self.stop_here = torch.tensor(stop, dtype=torch.long, device=device)
+        pad = model.cfg.pad_token_id
+        self.pad_id = (stop or [0])[0] if pad is None else pad
+        self.can_tell = not stop or (0 <= self.pad_id < model.cfg.d_vocab and self.pad_id != model.cfg.image_token_id)
 
-    @classmethod
-    def of(cls, model: Any, prompt: Inputs, stop: Int[Tensor, " stop"], use_kv_cache: bool) -> Draft:
-        """The prompt alone; padding does not count as a position."""
-        mask = torch.ones_like(prompt.tokens) if prompt.attention_mask is None else prompt.attention_mask.long()
-        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
-        past = KVCache(model.cfg.n_layers) if use_kv_cache else None
-        going = torch.ones(prompt.batch_size, dtype=torch.bool, device=mask.device)
-        return cls(model, prompt.tokens, prompt.pixels, mask, positions, going, stop, past)
+    @property
+    def tokens(self) -> Int[Tensor, "batch pos"]:
+        """Prompt and what is written so far."""
+        return self.text[:, : self.length]
 
     def logits(self) -> Float[Tensor, "batch d_vocab"]:
         """What the model predicts next; with a KV cache only the positions it has not seen are run."""
         seen = 0 if self.past is None else self.past.length
-        inputs = Inputs(self.tokens[:, seen:], None if seen else self.pixels, self.attention_mask[:, seen:])
-        logits = self.model(inputs, past_kv_cache=self.past, position_ids=self.positions[:, seen:], logits_to_keep=1)
+        written = self.length - self.prompt.n_pos
+        positions = None
+        if self.positions is not None:
+            positions = self.positions[:, seen : self.length]
+            tell(positions, REACH, (0, self.longest + written - 1))
+        logits = self.model(
+            self.inputs(seen) if written else self.prompt,
+            past_kv_cache=self.past,
+            position_ids=positions,
+            logits_to_keep=1,
+        )
         return logits[:, -1].float()
+
+    def inputs(self, seen: int) -> Inputs:
+        """The text behind the first `seen` positions; what is not seen at all is the prompt with its picture."""
+        tokens = self.text[:, seen : self.length]
+        if not seen:
+            return Inputs(tokens, self.prompt.pixels, None if self.mask is None else self.mask[:, : self.length])
+        if self.can_tell:
+            tell_written(tokens, self.model.cfg)
+        return Inputs(tokens)  # the cache remembers the padding
 
     def append(self, new: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
         """Put one token behind each row (the padding id behind finished ones); returns what was put."""
-        if len(self.stop):
+        if self.stop:
             new = torch.where(self.unfinished, new, self.pad_id)
-        self.tokens = torch.cat((self.tokens, new[:, None]), dim=-1)
-        self.attention_mask = torch.cat((self.attention_mask, torch.ones_like(new)[:, None]), dim=-1)
-        self.positions = torch.cat((self.positions, self.positions[:, -1:] + 1), dim=-1)
-        self.unfinished = self.unfinished & ~torch.isin(new, self.stop)
+            self.unfinished &= (new[:, None] != self.stop_here).all(-1)
+        self.text[:, self.length] = new
+        self.length += 1
         return new
 
-    @property
-    def pad_id(self) -> int:
-        pad = self.model.cfg.pad_token_id
-        return int(self.stop[0]) if pad is None else pad
+    def is_finished(self) -> bool:
+        """Whether every row has ended; the one place where the host waits for the new tokens."""
+        return bool(self.stop) and not bool(self.unfinished.any())
 
     def written(self, start: int) -> list[list[int]]:
         """Each row's tokens from position `start` up to its stop token, that included."""
         rows = []
-        for row in self.tokens[:, start:]:
-            ends = torch.isin(row, self.stop).nonzero()
-            rows.append(row[: int(ends[0]) + 1 if len(ends) else len(row)].tolist())
+        for row in self.tokens[:, start:].tolist():
+            end = next((i for i, token in enumerate(row) if token in self.stop), len(row))
+            rows.append(row[: end + 1])
         return rows
+
+
+def longest_row(prompt: Inputs) -> int:
+    """Positions of the longest row, padding not counted."""
+    return prompt.n_pos if prompt.attention_mask is None else mask_facts(prompt.attention_mask).longest
+
+
+def padded_beyond(prompt: Inputs, new: int) -> tuple[Tensor | None, Tensor | None]:
+    """Mask and positions of prompt and `new` more tokens; padding does not count. None twice without a mask."""
+    mask = prompt.attention_mask
+    if mask is None:
+        return None, None
+    mask = F.pad(mask.long(), (0, new), value=1)
+    return mask, (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """From logits `[batch, d_vocab]` to tokens `[batch]`, by Hugging Face's own arithmetic and in its order."""
+    """From logits `[batch, d_vocab]` to tokens `[batch]`, by Hugging Face's own arithmetic and in its order.
 
+    `never [d_vocab]` is True for what is not to be written, or None.
+    """
+
+    never: Bool[Tensor, " d_vocab"] | None
     warpers: LogitsProcessorList
     do_sample: bool
     generator: torch.Generator | None
@@ -173,12 +211,12 @@ class Choice:
             raise LensError(f"{', '.join(idle)} without do_sample=True: the greedy choice does not depend on it")
         if isinstance(generator, int):
             generator = torch.Generator(cfg.device).manual_seed(generator)
-        warpers = LogitsProcessorList()
+        never, warpers = None, LogitsProcessorList()
         try:
             if repetition_penalty != 1.0:
                 warpers.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
             if cfg.image_token_id is not None and cfg.image_token_id < cfg.d_vocab:
-                warpers.append(SuppressTokensLogitsProcessor([cfg.image_token_id], str(cfg.device)))
+                never = torch.arange(cfg.d_vocab, device=cfg.device) == cfg.image_token_id
             if temperature != 1.0:
                 warpers.append(TemperatureLogitsWarper(float(temperature)))
             if top_k is not None:
@@ -187,11 +225,13 @@ class Choice:
                 warpers.append(TopPLogitsWarper(top_p))
         except ValueError as error:
             raise LensError(str(error)) from None
-        return cls(warpers, do_sample, generator)
+        return cls(never, warpers, do_sample, generator)
 
     def __call__(self, tokens: Int[Tensor, "batch pos"], logits: Float[Tensor, "batch d_vocab"]) -> Tensor:
-        words: Any = tokens.masked_fill(tokens >= logits.shape[-1], 0)  # `<image>` may lie beyond the vocabulary
-        scores = self.warpers(words, logits)
+        scores: Any = logits if self.never is None else logits.masked_fill(self.never, -torch.inf)
+        if self.warpers:
+            words: Any = tokens.masked_fill(tokens >= logits.shape[-1], 0)  # `<image>` may lie beyond the vocabulary
+            scores = self.warpers(words, scores)
         if not self.do_sample:
             return scores.argmax(-1)
         return torch.multinomial(scores.softmax(-1), num_samples=1, generator=self.generator).squeeze(1)
@@ -219,7 +259,7 @@ def check_prompt(prompt: Inputs, max_new_tokens: int, cfg: LlavaConfig) -> None:
     if mask is not None and not bool(mask[:, -1].all()):
         rows = (mask[:, -1] == 0).nonzero()[:, 0].tolist()
         raise LensError(f"rows {rows} end in padding, where nothing can follow: pad on the left (padding_side='left')")
-    longest = prompt.n_pos if mask is None else int(mask.sum(-1).max())
+    longest = longest_row(prompt)
     if cfg.max_positions is not None and longest + max_new_tokens > cfg.max_positions:
         raise LensError(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}; "
@@ -229,7 +269,7 @@ def check_prompt(prompt: Inputs, max_new_tokens: int, cfg: LlavaConfig) -> None:
 
 def as_tokens(model: Any, prompt: Inputs, draft: Draft) -> Int[Tensor, "batch pos"]:
     """Prompt and continuation."""
-    return draft.tokens
+    return draft.tokens.contiguous()
 
 
 def as_text(model: Any, prompt: Inputs, draft: Draft) -> list[str]:
@@ -241,7 +281,7 @@ def as_text(model: Any, prompt: Inputs, draft: Draft) -> list[str]:
 def as_inputs(model: Any, prompt: Inputs, draft: Draft) -> Inputs:
     """Prompt and continuation as one input; what fills a row after its end is padding."""
     rows, length = draft.written(prompt.n_pos), draft.tokens.shape[1]
-    mask = draft.attention_mask.clone()
+    mask = torch.ones_like(draft.tokens) if draft.mask is None else draft.mask[:, :length].clone()
     for i, row in enumerate(rows):
         mask[i, prompt.n_pos + len(row) :] = 0
     roles = None
@@ -249,7 +289,7 @@ def as_inputs(model: Any, prompt: Inputs, draft: Draft) -> Inputs:
         tokenizer = None if model.processor is None else model.tokenizer
         pairs = zip(prompt.roles, rows, strict=True)
         roles = tuple(answered(said, row, tokenizer).padded(after=length - len(said) - len(row)) for said, row in pairs)
-    return Inputs(draft.tokens, prompt.pixels, None if bool(mask.all()) else mask, roles)
+    return Inputs(draft.tokens.clone(), prompt.pixels, None if is_whole(mask) else mask, roles)
 
 
 def answered(roles: Roles, ids: list[int], tokenizer: Any = None) -> Roles:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llava_lens.config import LlavaConfig
 from llava_lens.errors import LensError
-from llava_lens.facts import carry, fact, is_whole, known, tell
+from llava_lens.facts import MaskFacts, carry, fact, is_whole, known, mask_facts, tell
 from llava_lens.images import PixelMap, load_image
 from llava_lens.prompt import Encoded, Processor, Prompt, encode, render, spell
 from llava_lens.roles import Picture, Roles
@@ -188,7 +188,7 @@ class Inputs(Mapping[str, Any]):
 
     def _check_tokens(self, cfg: LlavaConfig) -> None:
         mask = self.attention_mask
-        longest, binary = (self.n_pos, True) if mask is None else fact(mask, "longest", _look_at_mask)
+        longest, binary, _ = MaskFacts(self.n_pos, True, True) if mask is None else mask_facts(mask)
         if cfg.max_positions is not None and longest > cfg.max_positions:
             images = max((r.labels.count("image") for r in self.roles or ()), default=0)
             raise LensError(
@@ -236,15 +236,6 @@ def ids_in(tokens: Int[Tensor, "batch pos"], cfg: LlavaConfig) -> tuple[int, int
 def tell_written(tokens: Int[Tensor, "batch pos"], cfg: LlavaConfig) -> None:
     """Note that tokens were chosen from the vocabulary by the model itself, `<image>` never, so no check looks."""
     tell(tokens, ("ids", cfg.image_token_id), (0, 0, [0] * len(tokens)))
-
-
-def _look_at_mask(mask: Tensor) -> tuple[int, bool]:
-    """The most positions that a row has, and whether all values are 0 or 1; whether all are 1 is noted beside it."""
-    binary = ((mask == 0) | (mask == 1)).all()
-    longest, whole, fine = torch.stack((mask.sum(-1).max().long(), mask.all().long(), binary.long())).tolist()
-    if not mask.is_inference():
-        tell(mask, "whole", bool(whole))
-    return longest, bool(fine)
 
 
 def _roles_of_tokens(ids: list[int], mask: list[int], cfg: LlavaConfig, tokenizer: Any) -> Roles:

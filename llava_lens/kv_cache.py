@@ -14,7 +14,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from llava_lens.errors import LensError
-from llava_lens.facts import is_whole, tell
+from llava_lens.facts import WHOLE, is_whole, tell
 
 Keys = Float[Tensor, "batch kv_head pos d_head"]
 Entry = tuple[Tensor, Tensor]
@@ -55,7 +55,7 @@ class KVCache:
         if self.length and not (mask is None and past is None) and (mask is None or mask.shape[1] == length):
             if past is None:
                 past = mask.new_ones(batch, self.length)  # type: ignore[union-attr]
-                tell(past, "whole", True)
+                tell(past, WHOLE, True)
             mask = self._behind(past, mask, length)
         self.attention_mask = mask
         return mask
@@ -72,7 +72,7 @@ class KVCache:
                 raise LensError(f"an attention_mask of {len(mask)} rows behind one of {len(past)}")
             room[:, start:stop] = mask
         shown = room[:, :stop]
-        tell(shown, "whole", whole)
+        tell(shown, WHOLE, whole)
         self._seen = (room, shown)
         return shown
 
