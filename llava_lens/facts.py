@@ -51,6 +51,33 @@ def carry(old: Tensor, new: Tensor) -> Tensor:
     return new
 
 
+class TokenFacts(NamedTuple):
+    """Smallest and largest id other than `<image>` (smallest > largest if there is none), and each row's `<image>`s."""
+
+    low: int
+    high: int
+    slots: list[int]
+
+
+def token_facts(tokens: Tensor, image_token_id: int | None) -> TokenFacts:
+    """What tokens `[batch, pos]` are like."""
+
+    def look(tokens: Tensor) -> TokenFacts:
+        none = torch.zeros_like(tokens, dtype=torch.bool)
+        slots = none if image_token_id is None else tokens == image_token_id
+        ends = torch.iinfo(tokens.dtype)
+        low, high = tokens.masked_fill(slots, ends.max).min(), tokens.masked_fill(slots, ends.min).max()
+        least, most, *counts = torch.cat((low[None], high[None], slots.sum(-1))).tolist()  # one wait for a device
+        return TokenFacts(least, most, counts)
+
+    return fact(tokens, ("tokens", image_token_id), look)
+
+
+def tell_written(tokens: Tensor, image_token_id: int | None) -> None:
+    """Note that a model itself chose the tokens, from its vocabulary and `<image>` never, so that no check looks."""
+    tell(tokens, ("tokens", image_token_id), TokenFacts(0, 0, [0] * len(tokens)))
+
+
 class MaskFacts(NamedTuple):
     """The most positions that a row has, whether all values are 0 or 1, and whether all are 1."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llava_lens.config import LlavaConfig
 from llava_lens.errors import LensError
-from llava_lens.facts import MaskFacts, carry, fact, is_whole, known, mask_facts, tell
+from llava_lens.facts import MaskFacts, carry, fact, is_whole, known, mask_facts, tell, token_facts
 from llava_lens.images import PixelMap, load_image
 from llava_lens.prompt import Encoded, Processor, Prompt, encode, render, spell
 from llava_lens.roles import Picture, Roles
@@ -179,7 +179,7 @@ class Inputs(Mapping[str, Any]):
         n = 0 if self.pixels is None else len(self.pixels)
         if n and cfg.vision is None:
             raise LensError(f"{n} image{'s' * (n != 1)} for a model without a vision tower; expected none")
-        each, found = cfg.tokens_per_image, ids_in(self.tokens, cfg)[2] if cfg.vision is not None else [0]
+        each, found = cfg.tokens_per_image, token_facts(self.tokens, cfg.image_token_id).slots if cfg.vision else [0]
         if sum(found) != n * each or any(each and row % each for row in found):
             rows = f"; by row {', '.join(map(str, found))}" if len(found) > 1 else ""
             hint = "; pixels are missing: pass pixel_values, or run under looking_at(inputs)" if not n else ""
@@ -194,7 +194,7 @@ class Inputs(Mapping[str, Any]):
             raise LensError(
                 f"a prompt of {longest} tokens (up to {images} of them image tokens); the context holds {cfg.n_ctx}"
             )
-        low, high, _ = ids_in(self.tokens, cfg)
+        low, high, _ = token_facts(self.tokens, cfg.image_token_id)
         if low <= high and not (low >= 0 and high < cfg.d_vocab):
             raise LensError(f"token ids {low} … {high}; expected 0 … {cfg.d_vocab - 1}")
         if not binary:
@@ -217,25 +217,6 @@ class Inputs(Mapping[str, Any]):
         mask = attention_mask[None] if attention_mask is not None and attention_mask.ndim == 1 else attention_mask
         inputs = cls(tokens, pixels, mask).check(cfg).with_roles(cfg, tokenizer)
         return replace(inputs, attention_mask=None) if mask is not None and is_whole(mask) else inputs
-
-
-def ids_in(tokens: Int[Tensor, "batch pos"], cfg: LlavaConfig) -> tuple[int, int, list[int]]:
-    """Smallest and largest id other than `<image>` (smallest > largest if there is none), and each row's `<image>`s."""
-
-    def look(tokens: Tensor) -> tuple[int, int, list[int]]:
-        none = torch.zeros_like(tokens, dtype=torch.bool)
-        slots = none if cfg.image_token_id is None else tokens == cfg.image_token_id
-        ends = torch.iinfo(tokens.dtype)
-        low, high = tokens.masked_fill(slots, ends.max).min(), tokens.masked_fill(slots, ends.min).max()
-        least, most, *counts = torch.cat((low[None], high[None], slots.sum(-1))).tolist()  # one wait for a device
-        return least, most, counts
-
-    return fact(tokens, ("ids", cfg.image_token_id), look)
-
-
-def tell_written(tokens: Int[Tensor, "batch pos"], cfg: LlavaConfig) -> None:
-    """Note that tokens were chosen from the vocabulary by the model itself, `<image>` never, so no check looks."""
-    tell(tokens, ("ids", cfg.image_token_id), (0, 0, [0] * len(tokens)))
 
 
 def _roles_of_tokens(ids: list[int], mask: list[int], cfg: LlavaConfig, tokenizer: Any) -> Roles:

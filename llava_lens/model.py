@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from llava_lens.config import LlavaConfig, ending_tokens
 from llava_lens.errors import LensError
-from llava_lens.facts import is_whole
+from llava_lens.facts import WHOLE, is_whole, tell
 from llava_lens.generate import generate as continue_prompt
+from llava_lens.graphs import GraphRunner
 from llava_lens.hooked import HookedModel
 from llava_lens.hooks import Hook
 from llava_lens.inputs import Inputs, Processor
@@ -63,6 +64,7 @@ class HookedLlava(InputReader, HookedModel):
         self.hook_text_embed = Hook("batch pos d_model")
         self.hook_embed = Hook("batch pos d_model")
         self.rotary = Rotary(cfg)
+        self.graphs = GraphRunner()
         self.blocks = nn.ModuleList(Block(cfg, layer, self.Norm, self.Mlp) for layer in range(cfg.n_layers))
         self.ln_final = self.Norm(cfg)
         self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
@@ -178,10 +180,14 @@ class HookedLlava(InputReader, HookedModel):
         attention_mask = attention_mask if past_and_new is None else past_and_new
         if past_kv_cache is not None:
             attention_mask = past_kv_cache.extend_mask(attention_mask, x)
-        x = self.run_blocks(x, first, last, attention_mask, position_ids, past_kv_cache)
-        if stop_at_layer is not None or return_type is None:
-            return x if stop_at_layer is not None else None
-        logits = self.read_out(x, logits_to_keep)
+        plain = past_kv_cache is None and position_ids is None and isinstance(logits_to_keep, int)
+        if stop_at_layer is not None or return_type is None or not (plain and self.graphs.fits(self)):
+            x = self.run_blocks(x, first, last, attention_mask, position_ids, past_kv_cache)
+            if stop_at_layer is not None or return_type is None:
+                return x if stop_at_layer is not None else None
+            logits = self.read_out(x, logits_to_keep)
+        else:
+            logits = self.replay(x, first, last, attention_mask, logits_to_keep)  # type: ignore[arg-type]
         if return_type == "logits":
             return logits
         loss = self.loss(logits, tokens, attention_mask, loss_per_token)
@@ -193,7 +199,7 @@ class HookedLlava(InputReader, HookedModel):
         tokens = tokens.masked_fill(slots, 0) if self.image_token_is_outside else tokens
         x = self.hook_text_embed(self.embed_tokens(tokens))
         if inputs.pixels is not None:
-            x = self.splice(x, slots, self.encode_image(inputs.pixels))
+            x = self.splice(x, slots, self.graphs(self, "image", self.encode_image, inputs.pixels))
         return self.hook_embed(x)
 
     @property
@@ -236,6 +242,18 @@ class HookedLlava(InputReader, HookedModel):
         for block in self.blocks[first:last]:
             x = block(x, mask, angles, past)
         return x
+
+    def replay(self, x: Tensor, first: int, last: int, attention_mask: Tensor | None, keep: int) -> Tensor:
+        """`run_blocks` and `read_out` for one shape, recorded the first time."""
+        whole = attention_mask is None or is_whole(attention_mask)
+
+        def rest(x: Tensor, *mask: Tensor) -> Tensor:
+            for each in mask:
+                tell(each, WHOLE, whole)
+            return self.read_out(self.run_blocks(x, first, last, *(mask or (None,)), None, None), keep)
+
+        masks = () if attention_mask is None else (attention_mask,)
+        return self.graphs(self, ("logits", first, last, keep, whole), rest, x, *masks)
 
     def mask(self, attention_mask: Int[Tensor, "batch key"] | None, seen: int, x: Tensor) -> Mask:
         """Causal, and blind to padding; no tensor is built where causality alone says it all."""

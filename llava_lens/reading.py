@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from llava_lens.errors import LensError, nearest
-from llava_lens.inputs import Inputs, ids_in, prepare
+from llava_lens.facts import token_facts
+from llava_lens.inputs import Inputs, prepare
 from llava_lens.surface import TransformerLensSurface
 
 INPUTS = ("input_ids", "pixel_values", "attention_mask", "roles")
@@ -87,7 +88,11 @@ class InputReader(TransformerLensSurface):
 
     def _held_pixels(self, tokens: Tensor) -> Tensor | None:
         """The pictures looked at, once per copy of the batch; None for tokens without image slots (a cached step)."""
-        if self._held is None or self._held.pixels is None or not any(ids_in(tokens, self.cfg)[2]):
+        if (
+            self._held is None
+            or self._held.pixels is None
+            or not any(token_facts(tokens, self.cfg.image_token_id).slots)
+        ):
             return None
         return self._held.pixels.repeat(self._copies(tokens), 1, 1, 1)
 

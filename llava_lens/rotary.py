@@ -86,6 +86,11 @@ class Rotary(nn.Module):
         return Angles((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype))
 
     @property
+    def tables(self) -> list[Angles]:
+        """The tables in use now; a longer one may take the place of one of them."""
+        return list(self._tables.values())
+
+    @property
     def depends_on_length(self) -> bool:
         """Whether the angle of a position changes with the length of the text."""
         return self.cfg.rope.get("rope_type", "default") in ("dynamic", "longrope")
