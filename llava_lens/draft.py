@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llava_lens.facts import is_whole, mask_facts, tell, tell_written
+from llava_lens.graphs import WORTHWHILE
 from llava_lens.inputs import Inputs
 from llava_lens.kv_cache import KVCache
 from llava_lens.rotary import REACH
@@ -36,7 +37,8 @@ class Draft:
         self.text = F.pad(prompt.tokens.long(), (0, new))
         self.mask, self.positions = padded_beyond(self.prompt, new)
         self.longest = longest_row(prompt)
-        self.fixed = model.graphs.step(model, batch, capacity) if use_kv_cache else None
+        worthwhile = use_kv_cache and new >= WORTHWHILE
+        self.fixed = model.graphs.step(model, batch, capacity) if worthwhile else None
         self.past = KVCache(model.cfg.n_layers, capacity) if use_kv_cache else None
         self.past = self.fixed.past if self.fixed is not None else self.past
         self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)

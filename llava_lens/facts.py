@@ -32,20 +32,20 @@ def fact(tensor: Tensor, name: Hashable, find: Callable[[Tensor], T]) -> T:
 
 def known(tensor: Tensor, name: Hashable) -> Any:
     """The fact, or None where it is not known (any more)."""
-    version, facts = _KNOWN.get(tensor, (None, {}))
+    version, facts = _held(tensor)
     return facts.get(name) if version == _version(tensor) else None
 
 
 def tell(tensor: Tensor, name: Hashable, value: Any) -> None:
     """Note a fact that follows from how the tensor was made."""
-    version, facts = _KNOWN.get(tensor, (None, {}))
+    version, facts = _held(tensor)
     now = _version(tensor)
     _KNOWN[tensor] = (now, {**(facts if version == now else {}), name: value})
 
 
 def carry(old: Tensor, new: Tensor) -> Tensor:
     """`new`, a copy with the same values: what is known of `old` holds for it too."""
-    version, facts = _KNOWN.get(old, (None, {}))
+    version, facts = _held(old)
     if new is not old and facts and version == _version(old):
         _KNOWN[new] = (_version(new), dict(facts))
     return new
@@ -65,7 +65,7 @@ def token_facts(tokens: Tensor, image_token_id: int | None) -> TokenFacts:
     def look(tokens: Tensor) -> TokenFacts:
         none = torch.zeros_like(tokens, dtype=torch.bool)
         slots = none if image_token_id is None else tokens == image_token_id
-        ends = torch.iinfo(tokens.dtype)
+        ends = (torch.finfo if tokens.is_floating_point() else torch.iinfo)(tokens.dtype)
         low, high = tokens.masked_fill(slots, ends.max).min(), tokens.masked_fill(slots, ends.min).max()
         least, most, *counts = torch.cat((low[None], high[None], slots.sum(-1))).tolist()  # one wait for a device
         return TokenFacts(least, most, counts)
@@ -101,6 +101,10 @@ def _look_at_mask(mask: Tensor) -> MaskFacts:
     binary = ((mask == 0) | (mask == 1)).all()
     longest, fine, whole = torch.stack((mask.sum(-1).max().long(), binary.long(), mask.all().long())).tolist()
     return MaskFacts(longest, bool(fine), bool(whole))
+
+
+def _held(tensor: Tensor) -> tuple[int | None, dict[Hashable, Any]]:
+    return _KNOWN.get(tensor) or (None, {})
 
 
 def _version(tensor: Tensor) -> int:

@@ -23,6 +23,9 @@ from llava_lens.rotary import REACH
 
 Function = Callable[..., Tensor]
 MODEL = "llava_lens.model"
+MOST_MET = 64
+WORTHWHILE = 5
+"""Steps to come from which on it pays to record one."""
 BUCKET = 128
 """Rooms of decode steps are multiples of so many positions, so that one recording serves prompts of many lengths."""
 
@@ -92,6 +95,7 @@ class GraphRunner:
     def clear(self) -> None:
         """Forget every recording, and the rooms of decode steps."""
         self.recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+        self.met: OrderedDict[Hashable, None] = OrderedDict()
         self.steps: dict[Hashable, StaticStep] = {}
         self.watch: Watch | None = None
         self.weights: Any = None
@@ -110,20 +114,33 @@ class GraphRunner:
         return not self.watch.is_heard()
 
     def __call__(self, model: Any, what: Hashable, function: Function, *inputs: Tensor) -> Tensor:
-        """`function(*inputs)`, replayed where that may be; `what` names everything but the tensors it depends on."""
+        """`function(*inputs)`, replayed where that may be; `what` names everything but the tensors it depends on.
+
+        Recording costs a few runs, so a shape that comes for the first time is run plainly.
+        """
         if not self.fits(model):
+            return function(*inputs)
+        self._drop_stale(model)
+        key = self._key(model, what, inputs)
+        if key not in self.recordings and key not in self.met:
+            self.met[key] = None
+            while len(self.met) > MOST_MET:
+                self.met.popitem(last=False)
             return function(*inputs)
         return replay(self.find(model, what, function, *inputs), *inputs)
 
     def find(self, model: Any, what: Hashable, function: Function, *inputs: Tensor) -> Recording:
         """The recording of `function` for tensors like these, made now if there is none that still holds."""
         self._drop_stale(model)
-        assert self.watch is not None
-        key = (what, self.watch.plan(model), *((tuple(x.shape), x.dtype, x.device) for x in inputs))
+        key = self._key(model, what, inputs)
         if key not in self.recordings:
             self._record(model, key, function, inputs)
         self.recordings.move_to_end(key)
         return self.recordings[key]
+
+    def _key(self, model: Any, what: Hashable, inputs: tuple[Tensor, ...]) -> Hashable:
+        assert self.watch is not None
+        return what, self.watch.plan(model), *((tuple(x.shape), x.dtype, x.device) for x in inputs)
 
     def _drop_stale(self, model: Any) -> None:
         watch = self.watch = self.watch or Watch(model)
@@ -229,9 +246,10 @@ class StaticStep:
     def step(self, token: Int[Tensor, "batch 1"], check: bool = True) -> Float[Tensor, "batch d_vocab"]:
         """Logits behind one more token of each row. Without `check` weights and code are taken to be as they were."""
         self.model.n_runs += 1
-        if check or self.recording is None:
-            self.recording = self.model.graphs.find(self.model, ("step", self), self.run, token)
-        logits = replay(self.recording, token)
+        recording = None if check else self.recording
+        if recording is None:
+            recording = self.recording = self.model.graphs.find(self.model, ("step", self), self.run, token)
+        logits = replay(recording, token)
         self.column.add_(1)
         self.position.add_(1)
         self.written += 1

@@ -93,8 +93,8 @@ class KVCache:
         start = 0 if held is None else held[0].shape[2]
         stop, room = start + k.shape[2], self.rooms[layer]
         if room is None or room.shown is not held or room.k.shape[2] < stop or _is_closed(room.k):
-            size = self._size(stop)
-            room = Room(*(new.new_zeros(*new.shape[:2], size, new.shape[3]) for new in (k, v)))
+            shape = (*k.shape[:2], self._size(stop), k.shape[3])
+            room = Room(k.new_zeros(shape), v.new_zeros(shape))
             if held is not None:
                 room.k[:, :, :start], room.v[:, :, :start] = held
         room.k[:, :, start:stop], room.v[:, :, start:stop] = k, v

@@ -244,13 +244,13 @@ class HookedLlava(InputReader, HookedModel):
         return x
 
     def replay(self, x: Tensor, first: int, last: int, attention_mask: Tensor | None, keep: int) -> Tensor:
-        """`run_blocks` and `read_out` for one shape, recorded the first time."""
+        """`run_blocks` and `read_out`, recorded where a shape comes again."""
         whole = attention_mask is None or is_whole(attention_mask)
 
         def rest(x: Tensor, *mask: Tensor) -> Tensor:
             for each in mask:
                 tell(each, WHOLE, whole)
-            return self.read_out(self.run_blocks(x, first, last, *(mask or (None,)), None, None), keep)
+            return self.read_out(self.run_blocks(x, first, last, mask[0] if mask else None, None, None), keep)
 
         masks = () if attention_mask is None else (attention_mask,)
         return self.graphs(self, ("logits", first, last, keep, whole), rest, x, *masks)

@@ -34,7 +34,7 @@ def stand_in(function: Any, inputs: tuple[Tensor, ...], pool: Any) -> tuple[Any,
     return Replayed(function, inputs, output), output
 
 
-def built(odd: str = "grouped", limit: int = 8, **how: Any) -> tuple[Any, HookedLlava]:
+def built(odd: str = "grouped", limit: int = 8, **how: Any) -> tuple[Any, Any]:
     hf = hf_llava(odd, **how)
     model = HookedLlava.from_hf(hf)
     model.graphs = GraphRunner(limit, stand_in, "cpu")
@@ -47,7 +47,8 @@ def replays(model: HookedLlava) -> int:
 
 
 def kinds(model: HookedLlava) -> list[str]:
-    return [what if isinstance(what, str) else what[0] for what, *_ in model.graphs.recordings]
+    keys: Any = list(model.graphs.recordings)
+    return [what if isinstance(what, str) else what[0] for what, *_ in keys]
 
 
 # ---- the step
@@ -124,7 +125,7 @@ def test_generate_replays_one_recording_per_room(pad: str | None, count: int) ->
         expected = plain.generate(**inputs, max_new_tokens=8, stop_tokens=stops)
         for _ in range(2):
             assert torch.equal(model.generate(**inputs, max_new_tokens=8, stop_tokens=stops), expected)
-    assert kinds(model) == ["image", "step"] and replays(model) > 20
+    assert sorted(kinds(model)) == ["image", "step"] and replays(model) > 20
     assert all(step.capacity == BUCKET and not step.busy for step in model.graphs.steps.values())
     other = example(hf, images=(1,) * count, pad=pad, seed=5, text=5)
     expected = plain.generate(**other, max_new_tokens=8, stop_tokens=())
@@ -142,7 +143,9 @@ def test_forward_replays_for_one_shape() -> None:
                 assert torch.equal(model(**inputs), plain(**inputs))
                 assert torch.equal(model(**inputs, logits_to_keep=1), plain(**inputs, logits_to_keep=1))
     made = kinds(model)  # left and right padding are one shape
-    assert made.count("image") == 1 and made.count("logits") == 4 and replays(model) == 24
+    assert (
+        made.count("image") == 1 and made.count("logits") == 4 and replays(model) == 24 - 5
+    )  # each shape runs plainly once
     outputs = [model(**inputs) for _ in range(2)]
     assert outputs[0].data_ptr() != outputs[1].data_ptr()
 
@@ -209,12 +212,13 @@ def test_hooks_that_come_and_go_between_steps() -> None:
 @pytest.mark.parametrize("how", ["in place", "exchanged", "moved"])
 def test_recordings_are_dropped_when_weights_change(how: str) -> None:
     hf = copy.deepcopy(hf_llava("grouped"))
-    model = HookedLlava.from_hf(hf)
+    model: Any = HookedLlava.from_hf(hf)
     model.graphs = GraphRunner(8, stand_in, "cpu")
     model.graphs.enabled = True
     inputs = example(hf, images=(1,))
     with torch.no_grad():
-        model(**inputs)
+        for _ in range(2):
+            model(**inputs)
         before = list(model.graphs.recordings.values())
         weight = model.blocks[1].mlp.out_proj.weight
         if how == "in place":
@@ -224,7 +228,9 @@ def test_recordings_are_dropped_when_weights_change(how: str) -> None:
         else:
             model.double()
             inputs["pixel_values"] = inputs["pixel_values"].double()
+        model(**inputs)
         logits = model(**inputs)
+        assert len(before) == len(model.graphs.recordings) == 2
         assert not any(old is new for old in before for new in model.graphs.recordings.values())
         model.graphs.enabled = False
         assert torch.equal(model(**inputs), logits)
@@ -233,9 +239,10 @@ def test_recordings_are_dropped_when_weights_change(how: str) -> None:
 @torch.no_grad()
 def test_recordings_are_few_and_the_longest_unused_goes() -> None:
     hf, model = built(limit=3)
-    for n in (1, 2, 3, 1, 4):
+    for n in (1, 1, 2, 2, 3, 3, 1, 4, 4):
         model(example(hf, images=(0,), text=n + 3)["input_ids"])
-    lengths = [key[2][0][1] for key in model.graphs.recordings]
+    keys: Any = list(model.graphs.recordings)
+    lengths = [key[2][0][1] for key in keys]
     assert lengths == [n + 3 for n in (3, 1, 4)]
 
 
@@ -255,6 +262,7 @@ def test_a_room_in_use_is_not_lent_twice() -> None:
 def test_a_copied_model_records_for_itself() -> None:
     hf, model = built()
     with torch.no_grad():
-        model(**example(hf, images=(1,)))
+        for _ in range(2):
+            model(**example(hf, images=(1,)))
     twin = copy.deepcopy(model)
     assert model.graphs.recordings and not twin.graphs.recordings and twin.graphs.device_type == "cuda"

@@ -13,7 +13,7 @@ from llava_lens import HookedLlava, Inputs
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def pair(odd: str = "grouped", dtype: torch.dtype = torch.float32) -> tuple[Any, HookedLlava, HookedLlava]:
+def pair(odd: str = "grouped", dtype: torch.dtype = torch.float32) -> tuple[Any, Any, Any]:
     """Two models on the device with equal weights; only the second one records."""
     hf = hf_llava(odd, "sdpa", dtype)
     plain, recording = (HookedLlava.from_hf(hf).to("cuda") for _ in range(2))
@@ -56,7 +56,7 @@ def test_hooks_and_edits_of_weights_take_effect() -> None:
     inputs = example(hf, images=(1,))
     hooks: Any = [("blocks.1.hook_attn_out", lambda act, hook: torch.zeros_like(act))]
     with torch.no_grad():
-        before = model(**inputs)
+        before, _ = model(**inputs), model(**inputs)
         close(model.run_with_hooks(**inputs, fwd_hooks=hooks), plain.run_with_hooks(**inputs, fwd_hooks=hooks))
         for each in (plain, model):
             each.blocks[0].mlp.out_proj.weight.mul_(3)
@@ -79,8 +79,9 @@ def test_the_host_waits_for_nothing(pad: str | None, recorded: bool) -> None:
         torch.cuda.set_sync_debug_mode("error")
 
     with torch.no_grad():
-        model(inputs)
-        model.generate(inputs, 8, stop_tokens=())
+        for _ in range(2):
+            model(inputs)
+            model.generate(inputs, 8, stop_tokens=())
         try:
             torch.cuda.set_sync_debug_mode("error")
             model(inputs)

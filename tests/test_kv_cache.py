@@ -44,7 +44,7 @@ def waits_of(function: Any) -> Counter[str]:
     return mode.seen
 
 
-def built(odd: str = "grouped", attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> tuple[Any, HookedLlava]:
+def built(odd: str = "grouped", attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     hf = hf_llava(odd, attention, dtype)
     return hf, HookedLlava.from_hf(hf)
 
