@@ -2,6 +2,7 @@
 
 Unusual: the prompt is run once and then, through the KV cache, only what is new, so after the first step a hook sees
 the one new position (patterns keep all keys); without the cache every step runs the whole text, picture included.
+The host waits for a device once per step, to learn whether every row has ended; without stop tokens it never does.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from tqdm.auto import tqdm
 from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from llava_lens.config import LlavaConfig
+from llava_lens.draft import Draft, longest_row
 from llava_lens.errors import LensError
+from llava_lens.facts import is_whole
 from llava_lens.inputs import Inputs
-from llava_lens.layers import KVCache
 from llava_lens.prompt import spell
 from llava_lens.roles import Roles
 
@@ -76,81 +77,35 @@ def generate(
     or never fired.
     """
     prompt = model.read_inputs(input, **named)
-    stop = torch.tensor(stop_ids(model, stop_tokens), dtype=torch.long, device=prompt.tokens.device)
+    stop = stop_ids(model, stop_tokens)
     check_prompt(prompt, max_new_tokens, model.cfg)
     reply = {"tokens": as_tokens, "text": as_text, "inputs": as_inputs}.get(return_type)
     if reply is None:
         raise LensError(f"return_type {return_type!r}: expected 'tokens', 'text' or 'inputs'")
     _ = model.tokenizer if return_type == "text" else None
     choose = Choice.of(do_sample, temperature, top_k, top_p, repetition_penalty, generator, model.cfg)
-    draft = Draft.of(model, prompt, stop, use_kv_cache)
-    with model.hooks(fwd_hooks=list(fwd_hooks)):
+    watched = on_step is not None
+    with (
+        model.hooks(fwd_hooks=list(fwd_hooks)),
+        Draft(model, prompt, stop, max_new_tokens, use_kv_cache, watched) as draft,
+    ):
         for _ in tqdm(range(max_new_tokens), disable=not progress, desc="generate", unit="token"):
             new = draft.append(choose(draft.tokens, draft.logits()))
             if on_step is not None:
                 on_step(new)
-            if not bool(draft.unfinished.any()):
+            if draft.is_finished():
                 break
     return reply(model, prompt, draft)
 
 
-@dataclass
-class Draft:
-    """A text that grows: what it holds, how its positions count, and which rows still go on."""
-
-    model: Any
-    tokens: Int[Tensor, "batch pos"]
-    pixels: Float[Tensor, "image channel height width"] | None
-    attention_mask: Int[Tensor, "batch pos"]
-    positions: Int[Tensor, "batch pos"]
-    unfinished: Bool[Tensor, " batch"]
-    stop: Int[Tensor, " stop"]
-    past: KVCache | None
-
-    @classmethod
-    def of(cls, model: Any, prompt: Inputs, stop: Int[Tensor, " stop"], use_kv_cache: bool) -> Draft:
-        """The prompt alone; padding does not count as a position."""
-        mask = torch.ones_like(prompt.tokens) if prompt.attention_mask is None else prompt.attention_mask.long()
-        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
-        past = KVCache(model.cfg.n_layers) if use_kv_cache else None
-        going = torch.ones(prompt.batch_size, dtype=torch.bool, device=mask.device)
-        return cls(model, prompt.tokens, prompt.pixels, mask, positions, going, stop, past)
-
-    def logits(self) -> Float[Tensor, "batch d_vocab"]:
-        """What the model predicts next; with a KV cache only the positions it has not seen are run."""
-        seen = 0 if self.past is None else self.past.length
-        inputs = Inputs(self.tokens[:, seen:], None if seen else self.pixels, self.attention_mask[:, seen:])
-        logits = self.model(inputs, past_kv_cache=self.past, position_ids=self.positions[:, seen:], logits_to_keep=1)
-        return logits[:, -1].float()
-
-    def append(self, new: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-        """Put one token behind each row (the padding id behind finished ones); returns what was put."""
-        if len(self.stop):
-            new = torch.where(self.unfinished, new, self.pad_id)
-        self.tokens = torch.cat((self.tokens, new[:, None]), dim=-1)
-        self.attention_mask = torch.cat((self.attention_mask, torch.ones_like(new)[:, None]), dim=-1)
-        self.positions = torch.cat((self.positions, self.positions[:, -1:] + 1), dim=-1)
-        self.unfinished = self.unfinished & ~torch.isin(new, self.stop)
-        return new
-
-    @property
-    def pad_id(self) -> int:
-        pad = self.model.cfg.pad_token_id
-        return int(self.stop[0]) if pad is None else pad
-
-    def written(self, start: int) -> list[list[int]]:
-        """Each row's tokens from position `start` up to its stop token, that included."""
-        rows = []
-        for row in self.tokens[:, start:]:
-            ends = torch.isin(row, self.stop).nonzero()
-            rows.append(row[: int(ends[0]) + 1 if len(ends) else len(row)].tolist())
-        return rows
-
-
 @dataclass(frozen=True)
 class Choice:
-    """From logits `[batch, d_vocab]` to tokens `[batch]`, by Hugging Face's own arithmetic and in its order."""
+    """From logits `[batch, d_vocab]` to tokens `[batch]`, by Hugging Face's own arithmetic and in its order.
 
+    `never [d_vocab]` is True for what is not to be written, or None.
+    """
+
+    never: Bool[Tensor, " d_vocab"] | None
     warpers: LogitsProcessorList
     do_sample: bool
     generator: torch.Generator | None
@@ -173,12 +128,12 @@ class Choice:
             raise LensError(f"{', '.join(idle)} without do_sample=True: the greedy choice does not depend on it")
         if isinstance(generator, int):
             generator = torch.Generator(cfg.device).manual_seed(generator)
-        warpers = LogitsProcessorList()
+        never, warpers = None, LogitsProcessorList()
         try:
             if repetition_penalty != 1.0:
                 warpers.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
             if cfg.image_token_id is not None and cfg.image_token_id < cfg.d_vocab:
-                warpers.append(SuppressTokensLogitsProcessor([cfg.image_token_id], str(cfg.device)))
+                never = torch.arange(cfg.d_vocab, device=cfg.device) == cfg.image_token_id
             if temperature != 1.0:
                 warpers.append(TemperatureLogitsWarper(float(temperature)))
             if top_k is not None:
@@ -187,11 +142,13 @@ class Choice:
                 warpers.append(TopPLogitsWarper(top_p))
         except ValueError as error:
             raise LensError(str(error)) from None
-        return cls(warpers, do_sample, generator)
+        return cls(never, warpers, do_sample, generator)
 
     def __call__(self, tokens: Int[Tensor, "batch pos"], logits: Float[Tensor, "batch d_vocab"]) -> Tensor:
-        words: Any = tokens.masked_fill(tokens >= logits.shape[-1], 0)  # `<image>` may lie beyond the vocabulary
-        scores = self.warpers(words, logits)
+        scores: Any = logits if self.never is None else logits.masked_fill(self.never, -torch.inf)
+        if self.warpers:
+            words: Any = tokens.masked_fill(tokens >= logits.shape[-1], 0)  # `<image>` may lie beyond the vocabulary
+            scores = self.warpers(words, scores)
         if not self.do_sample:
             return scores.argmax(-1)
         return torch.multinomial(scores.softmax(-1), num_samples=1, generator=self.generator).squeeze(1)
@@ -219,7 +176,7 @@ def check_prompt(prompt: Inputs, max_new_tokens: int, cfg: LlavaConfig) -> None:
     if mask is not None and not bool(mask[:, -1].all()):
         rows = (mask[:, -1] == 0).nonzero()[:, 0].tolist()
         raise LensError(f"rows {rows} end in padding, where nothing can follow: pad on the left (padding_side='left')")
-    longest = prompt.n_pos if mask is None else int(mask.sum(-1).max())
+    longest = longest_row(prompt)
     if cfg.max_positions is not None and longest + max_new_tokens > cfg.max_positions:
         raise LensError(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}; "
@@ -229,7 +186,7 @@ def check_prompt(prompt: Inputs, max_new_tokens: int, cfg: LlavaConfig) -> None:
 
 def as_tokens(model: Any, prompt: Inputs, draft: Draft) -> Int[Tensor, "batch pos"]:
     """Prompt and continuation."""
-    return draft.tokens
+    return draft.tokens.contiguous()
 
 
 def as_text(model: Any, prompt: Inputs, draft: Draft) -> list[str]:
@@ -241,7 +198,7 @@ def as_text(model: Any, prompt: Inputs, draft: Draft) -> list[str]:
 def as_inputs(model: Any, prompt: Inputs, draft: Draft) -> Inputs:
     """Prompt and continuation as one input; what fills a row after its end is padding."""
     rows, length = draft.written(prompt.n_pos), draft.tokens.shape[1]
-    mask = draft.attention_mask.clone()
+    mask = torch.ones_like(draft.tokens) if draft.mask is None else draft.mask[:, :length].clone()
     for i, row in enumerate(rows):
         mask[i, prompt.n_pos + len(row) :] = 0
     roles = None
@@ -249,7 +206,7 @@ def as_inputs(model: Any, prompt: Inputs, draft: Draft) -> Inputs:
         tokenizer = None if model.processor is None else model.tokenizer
         pairs = zip(prompt.roles, rows, strict=True)
         roles = tuple(answered(said, row, tokenizer).padded(after=length - len(said) - len(row)) for said, row in pairs)
-    return Inputs(draft.tokens, prompt.pixels, None if bool(mask.all()) else mask, roles)
+    return Inputs(draft.tokens.clone(), prompt.pixels, None if is_whole(mask) else mask, roles)
 
 
 def answered(roles: Roles, ids: list[int], tokenizer: Any = None) -> Roles:

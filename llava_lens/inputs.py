@@ -1,7 +1,7 @@
 """What a model takes: tokens, pixel values and the role of every position; and `prepare`, which makes them.
 
 Unusual: `Inputs` is a mapping with Hugging Face's names, so `model(inputs)`, `model(**inputs)` and, through `for_hf`,
-Hugging Face's own model all take the same object.
+Hugging Face's own model all take the same object. What a check finds is remembered until a tensor is edited in place.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llava_lens.config import LlavaConfig
 from llava_lens.errors import LensError
+from llava_lens.facts import MaskFacts, carry, fact, is_whole, known, mask_facts, tell, token_facts
 from llava_lens.images import PixelMap, load_image
 from llava_lens.prompt import Encoded, Processor, Prompt, encode, render, spell
 from llava_lens.roles import Picture, Roles
@@ -108,12 +109,13 @@ class Inputs(Mapping[str, Any]):
         return replace(self, roles=tuple(_roles_of_tokens(ids, seen, cfg, tokenizer) for ids, seen in rows))
 
     def to(self, target: torch.device | torch.dtype | str) -> Inputs:
-        """All tensors on another device, or the pixel values in another dtype."""
+        """All tensors on another device, or the pixel values in another dtype; itself where that changes nothing."""
         if isinstance(target, torch.dtype):
             return self if self.pixels is None else replace(self, pixels=self.pixels.to(target))
         names = ("tokens", "pixels", "attention_mask")
-        tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return replace(self, **{name: tensor.to(target) for name, tensor in tensors.items()})
+        held = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        moved = {name: carry(tensor, tensor.to(target)) for name, tensor in held.items()}
+        return self if all(moved[name] is held[name] for name in held) else replace(self, **moved)
 
     def row(self, i: int) -> Inputs:
         """One sample alone, without its padding."""
@@ -125,8 +127,10 @@ class Inputs(Mapping[str, Any]):
         pixels = self.pixels
         if pixels is not None and self.batch_size > 1:
             first = sum(r.n_images for r in self._known_roles[:i])
-            pixels = pixels[first : first + self._known_roles[i].n_images]
-            pixels = pixels if len(pixels) else None
+            mine = pixels[first : first + self._known_roles[i].n_images]
+            if known(pixels, "finite"):
+                tell(mine, "finite", True)
+            pixels = mine if len(mine) else None
         return Inputs(self.tokens[i : i + 1, keep.to(self.tokens.device)], pixels, None, roles)
 
     @property
@@ -150,7 +154,10 @@ class Inputs(Mapping[str, Any]):
         return self.roles_of(row).positions_of(word)
 
     def check(self, cfg: LlavaConfig) -> Inputs:
-        """Itself, if a model of this config can take it. Raises `LensError` with what was given and expected."""
+        """Itself, if a model of this config can take it. Raises `LensError` with what was given and expected.
+
+        Tensors that were found in order and have not been edited since are not looked at again.
+        """
         self._check_tokens(cfg)
         self._check_slots(cfg)
         if self.pixels is not None and cfg.vision is not None:
@@ -158,7 +165,7 @@ class Inputs(Mapping[str, Any]):
             if tuple(self.pixels.shape[1:]) != (cfg.vision.n_channels, side, side):
                 expected = f"[image, {cfg.vision.n_channels}, {side}, {side}]"
                 raise LensError(f"pixel values of shape {tuple(self.pixels.shape)}; expected {expected}")
-            if not torch.isfinite(self.pixels).all():
+            if not fact(self.pixels, "finite", lambda pixels: bool(torch.isfinite(pixels).all())):
                 raise LensError("pixel values that are not finite; expected numbers")
         return self
 
@@ -172,7 +179,7 @@ class Inputs(Mapping[str, Any]):
         n = 0 if self.pixels is None else len(self.pixels)
         if n and cfg.vision is None:
             raise LensError(f"{n} image{'s' * (n != 1)} for a model without a vision tower; expected none")
-        each, found = cfg.tokens_per_image, self.slots(cfg).sum(-1).tolist()
+        each, found = cfg.tokens_per_image, token_facts(self.tokens, cfg.image_token_id).slots if cfg.vision else [0]
         if sum(found) != n * each or any(each and row % each for row in found):
             rows = f"; by row {', '.join(map(str, found))}" if len(found) > 1 else ""
             hint = "; pixels are missing: pass pixel_values, or run under looking_at(inputs)" if not n else ""
@@ -180,16 +187,17 @@ class Inputs(Mapping[str, Any]):
             raise LensError(f"{sum(found)} image tokens in the prompt, but {filled}{rows}{hint}")
 
     def _check_tokens(self, cfg: LlavaConfig) -> None:
-        longest = self.n_pos if self.attention_mask is None else int(self.attention_mask.sum(-1).max())
+        mask = self.attention_mask
+        longest, binary, _ = MaskFacts(self.n_pos, True, True) if mask is None else mask_facts(mask)
         if cfg.max_positions is not None and longest > cfg.max_positions:
             images = max((r.labels.count("image") for r in self.roles or ()), default=0)
             raise LensError(
                 f"a prompt of {longest} tokens (up to {images} of them image tokens); the context holds {cfg.n_ctx}"
             )
-        text = self.tokens[self.tokens != cfg.image_token_id] if cfg.image_token_id is not None else self.tokens
-        if text.numel() and not (int(text.min()) >= 0 and int(text.max()) < cfg.d_vocab):
-            raise LensError(f"token ids {int(text.min())} … {int(text.max())}; expected 0 … {cfg.d_vocab - 1}")
-        if self.attention_mask is not None and not set(self.attention_mask.unique().tolist()) <= {0, 1}:
+        low, high, _ = token_facts(self.tokens, cfg.image_token_id)
+        if low <= high and not (low >= 0 and high < cfg.d_vocab):
+            raise LensError(f"token ids {low} … {high}; expected 0 … {cfg.d_vocab - 1}")
+        if not binary:
             raise LensError("an attention_mask with other values than 0 and 1")
 
     @classmethod
@@ -208,7 +216,7 @@ class Inputs(Mapping[str, Any]):
         tokens = tokens[None] if tokens.ndim == 1 else tokens
         mask = attention_mask[None] if attention_mask is not None and attention_mask.ndim == 1 else attention_mask
         inputs = cls(tokens, pixels, mask).check(cfg).with_roles(cfg, tokenizer)
-        return replace(inputs, attention_mask=None) if mask is not None and bool(mask.all()) else inputs
+        return replace(inputs, attention_mask=None) if mask is not None and is_whole(mask) else inputs
 
 
 def _roles_of_tokens(ids: list[int], mask: list[int], cfg: LlavaConfig, tokenizer: Any) -> Roles:

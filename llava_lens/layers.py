@@ -1,4 +1,4 @@
-"""The parts that both towers are built from: rotary positions, attention, MLPs and the pre-norm block.
+"""The parts that both towers are built from: attention, MLPs and the pre-norm block.
 
 Unusual: values that a fast forward never forms (scores, pattern, per-head result) are computed only when
 somebody listens, and are spliced back into the forward only where a listener changed them.
@@ -10,15 +10,17 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from llava_lens import kernels
 from llava_lens.config import DecoderConfig, TowerConfig, activation
 from llava_lens.hooks import Hook, splice
+from llava_lens.kv_cache import KVCache
 from llava_lens.norms import Stream
 from llava_lens.packing import Packed
 from llava_lens.regions import Region, show
+from llava_lens.rotary import Angles
 
 Heads = Float[Tensor, "batch pos head d_head"]
 
@@ -30,79 +32,12 @@ class Mask(NamedTuple):
     causal: bool = False
 
 
-class Angles(NamedTuple):
-    """Rotary cosines and sines, `[#batch, 1, pos, d_head]` each."""
-
-    cos: Tensor
-    sin: Tensor
-
-
 class Embedding(nn.Embedding):
     """One vector per id or position."""
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:  # there torch would import its compiler to draw numbers that nobody gets
             super().reset_parameters()
-
-
-class Rotary(nn.Module):
-    """Cosines and sines for token positions, in float32 whatever the model's dtype is, for every rope scaling."""
-
-    def __init__(self, cfg: DecoderConfig):
-        super().__init__()
-        self.cfg = cfg
-        self._frequencies: dict[int | None, tuple[Tensor, float]] = {}
-
-    def forward(self, positions: Int[Tensor, "#batch pos"], dtype: torch.dtype) -> Angles:
-        length = self.cfg.rope_length(int(positions.max()) + 1) if self._depends_on_length else None
-        if length not in self._frequencies:
-            self._frequencies[length] = self.cfg.rope_frequencies(length)
-        inv_freq, factor = self._frequencies[length]
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        inv_freq = inv_freq.to(positions.device, wide)
-        angles = positions[:, None, :, None].to(wide) * inv_freq
-        angles = torch.cat((angles, angles), dim=-1)
-        return Angles((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype))
-
-    @property
-    def _depends_on_length(self) -> bool:
-        return self.cfg.rope.get("rope_type", "default") in ("dynamic", "longrope")
-
-
-class KVCache:
-    """Rotated keys and values of the tokens seen so far, `[batch, kv_head, pos, d_head]` per layer."""
-
-    def __init__(self, n_layers: int):
-        self.entries: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
-        self.attention_mask: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        """Positions held, by any layer (a run that starts at a later one leaves the earlier ones empty)."""
-        return next((entry[0].shape[2] for entry in self.entries if entry is not None), 0)
-
-    def extend_mask(self, mask: Tensor | None, new: Int[Tensor, "batch pos"] | Stream) -> Tensor | None:
-        """The mask `[batch, past + pos]`; one of the new positions alone, or None, goes behind the remembered one."""
-        past, (batch, length) = self.attention_mask, new.shape[:2]
-        if self.length and not (mask is None and past is None) and (mask is None or mask.shape[1] == length):
-            mask = torch.ones(batch, length, dtype=torch.long, device=new.device) if mask is None else mask
-            past = mask.new_ones(batch, self.length) if past is None else past
-            mask = torch.cat((past, mask), dim=-1)
-        self.attention_mask = mask
-        return mask
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append one layer's new keys and values; returns all of them."""
-        held = self.entries[layer]
-        if held is not None:
-            k, v = torch.cat((held[0], k), dim=2), torch.cat((held[1], v), dim=2)
-        self.entries[layer] = (k, v)
-        return k, v
-
-    def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        """Mix the values of all positions, those held and the new ones, which are held from now on."""
-        k, v = self.extend(attention.layer, k, v)
-        return attention.attend(q, k, v, mask)
 
 
 class Attention(nn.Module):

@@ -17,16 +17,20 @@ from torch import Tensor, nn
 
 from llava_lens.config import LlavaConfig, ending_tokens
 from llava_lens.errors import LensError
+from llava_lens.facts import WHOLE, is_whole, tell
 from llava_lens.generate import generate as continue_prompt
+from llava_lens.graphs import GraphRunner
 from llava_lens.hooked import HookedModel
 from llava_lens.hooks import Hook
 from llava_lens.inputs import Inputs, Processor
-from llava_lens.layers import Block, Embedding, GatedMLP, KVCache, Mask, Rotary
+from llava_lens.kv_cache import KVCache
+from llava_lens.layers import Block, Embedding, GatedMLP, Mask
 from llava_lens.norms import RMSNorm
 from llava_lens.plan import Planned
 from llava_lens.projector import Projector
 from llava_lens.reading import InputReader
 from llava_lens.regions import Path
+from llava_lens.rotary import Rotary
 from llava_lens.shards import read_json
 from llava_lens.vision import Vision
 from llava_lens.weights import LLAVA_TABLE, assign_state_dict, load_weights, open_checkpoint
@@ -63,6 +67,7 @@ class HookedLlava(InputReader, Planned, HookedModel):
         self.hook_text_embed = Hook("batch pos d_model")
         self.hook_embed = Hook("batch pos d_model")
         self.rotary = Rotary(cfg)
+        self.graphs = GraphRunner()
         self.blocks = nn.ModuleList(Block(cfg, layer, self.Norm, self.Mlp) for layer in range(cfg.n_layers))
         self.ln_final = self.Norm(cfg)
         self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
@@ -179,10 +184,14 @@ class HookedLlava(InputReader, Planned, HookedModel):
         attention_mask = attention_mask if past_and_new is None else past_and_new
         if past_kv_cache is not None:
             attention_mask = past_kv_cache.extend_mask(attention_mask, x)
-        x = self.run_blocks(x, first, last, attention_mask, position_ids, past_kv_cache)
-        if stop_at_layer is not None or return_type is None:
-            return x if stop_at_layer is not None else None
-        logits = self.read_out(x, logits_to_keep)
+        plain = past_kv_cache is None and position_ids is None and isinstance(logits_to_keep, int)
+        if stop_at_layer is not None or return_type is None or not (plain and self.graphs.fits(self)):
+            x = self.run_blocks(x, first, last, attention_mask, position_ids, past_kv_cache)
+            if stop_at_layer is not None or return_type is None:
+                return x if stop_at_layer is not None else None
+            logits = self.read_out(x, logits_to_keep)
+        else:
+            logits = self.replay(x, first, last, attention_mask, logits_to_keep)  # type: ignore[arg-type]
         if return_type == "logits":
             return logits
         loss = self.loss(logits, tokens, attention_mask, loss_per_token)
@@ -190,11 +199,11 @@ class HookedLlava(InputReader, Planned, HookedModel):
 
     def embed_inputs(self, inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
         """Tokens embedded, with the picture's features in the places of its tokens; raises where they do not match."""
-        slots = inputs.check(self.cfg).slots(self.cfg)
-        tokens = inputs.tokens.masked_fill(slots, 0) if self.image_token_is_outside else inputs.tokens
+        tokens, slots = inputs.check(self.cfg).tokens, inputs.slots(self.cfg)
+        tokens = tokens.masked_fill(slots, 0) if self.image_token_is_outside else tokens
         x = self.hook_text_embed(self.embed_tokens(tokens))
         if inputs.pixels is not None:
-            x = self.splice(x, slots, self.encode_image(inputs.pixels))
+            x = self.splice(x, slots, self.graphs(self, "image", self.encode_image, inputs.pixels))
         return self.hook_embed(x)
 
     @property
@@ -230,24 +239,39 @@ class HookedLlava(InputReader, Planned, HookedModel):
         """The stream before block `last`, given the one before block `first`."""
         seen = past.length if past is not None else 0
         if positions is None:
-            positions = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
-        angles = self.rotary(positions, x.dtype)
+            angles = self.rotary.span(seen, seen + x.shape[1], x.dtype, x.device)
+        else:
+            angles = self.rotary(positions, x.dtype)
         mask = self.mask(attention_mask, seen, x)
         for block in self.blocks[first:last]:
             x = block(x, mask, angles, past)
         return x
+
+    def replay(self, x: Tensor, first: int, last: int, attention_mask: Tensor | None, keep: int) -> Tensor:
+        """`run_blocks` and `read_out`, recorded where a shape comes again."""
+        whole = attention_mask is None or is_whole(attention_mask)
+
+        def rest(x: Tensor, *mask: Tensor) -> Tensor:
+            for each in mask:
+                tell(each, WHOLE, whole)
+            return self.read_out(self.run_blocks(x, first, last, mask[0] if mask else None, None, None), keep)
+
+        masks = () if attention_mask is None else (attention_mask,)
+        return self.graphs(self, ("logits", first, last, keep, whole), rest, x, *masks)
 
     def mask(self, attention_mask: Int[Tensor, "batch key"] | None, seen: int, x: Tensor) -> Mask:
         """Causal, and blind to padding; no tensor is built where causality alone says it all."""
         length = x.shape[1]
         if attention_mask is not None and attention_mask.shape != (len(x), seen + length):
             raise LensError(f"attention_mask {tuple(attention_mask.shape)}: expected {(len(x), seen + length)}")
-        padded = attention_mask is not None and not bool(attention_mask.all())
+        padded = attention_mask is not None and not is_whole(attention_mask)
         if not padded and (length == 1 or seen == 0):
             return Mask(causal=True)
+        if padded and length == 1:
+            return Mask(attention_mask[:, None, None].bool())  # type: ignore[index]
         allowed = torch.ones(length, seen + length, dtype=torch.bool, device=x.device).tril(seen)[None, None]
-        if attention_mask is not None:
-            allowed = allowed & attention_mask[:, None, None].bool()
+        if padded:
+            allowed = allowed & attention_mask[:, None, None].bool()  # type: ignore[index]
         return Mask(allowed.expand(len(x), -1, -1, -1))
 
     def read_out(self, x: Float[Tensor, "batch pos d_model"], keep: int | Tensor = 0) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from llava_lens.errors import LensError, nearest
+from llava_lens.facts import token_facts
 from llava_lens.inputs import Inputs, prepare
 from llava_lens.surface import TransformerLensSurface
 
@@ -53,7 +54,10 @@ class InputReader(TransformerLensSurface):
         roles: Any = None,
         **unknown: Any,
     ) -> Inputs:
-        """What `forward` was given, as `Inputs` on the model's device; a picture held stands in for a missing one."""
+        """What `forward` was given, as `Inputs` on the model's device; a picture held stands in for a missing one.
+
+        What lies elsewhere is checked there before it moves: the host need not wait for a device to check it.
+        """
         if unknown:
             name = next(iter(unknown))
             raise LensError(f"unknown input {name!r}{nearest(name, INPUTS)}; known: {', '.join(INPUTS)}")
@@ -62,7 +66,7 @@ class InputReader(TransformerLensSurface):
         if isinstance(input, Inputs | Mapping) and twice:
             raise LensError(f"{', '.join(twice)} given beside {type(input).__name__}, which holds the whole input")
         if isinstance(input, Inputs):
-            return input.to(self.cfg.device)
+            return self._placed(input)
         if isinstance(input, Mapping):
             return self.read_inputs(**input)
         tokens = input_ids if input is None else input
@@ -75,11 +79,20 @@ class InputReader(TransformerLensSurface):
         pixel_values = self._held_pixels(tokens) if pixel_values is None else pixel_values
         if attention_mask is None and self._resembles_held(tokens):
             attention_mask = self._held_mask(tokens)
-        return Inputs(tokens, pixel_values, attention_mask, roles).to(self.cfg.device)
+        return self._placed(Inputs(tokens, pixel_values, attention_mask, roles))
+
+    def _placed(self, inputs: Inputs) -> Inputs:
+        device = self.cfg.device
+        here = all(tensor.device == device for tensor in inputs.for_hf().values())
+        return inputs if here else inputs.check(self.cfg).to(device)
 
     def _held_pixels(self, tokens: Tensor) -> Tensor | None:
         """The pictures looked at, once per copy of the batch; None for tokens without image slots (a cached step)."""
-        if self._held is None or self._held.pixels is None or not bool((tokens == self.cfg.image_token_id).any()):
+        if (
+            self._held is None
+            or self._held.pixels is None
+            or not any(token_facts(tokens, self.cfg.image_token_id).slots)
+        ):
             return None
         return self._held.pixels.repeat(self._copies(tokens), 1, 1, 1)
 

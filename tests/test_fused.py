@@ -19,8 +19,7 @@ from llava_lens.regions import regions_of
 
 def pair(odd: str = "plain", dtype: torch.dtype = torch.float32) -> tuple[HookedLlava, HookedLlava]:
     """A model on the reference path and one on the fused path, of equal weights."""
-    reference = HookedLlava.from_hf(copy.deepcopy(hf_llava(odd)).to(dtype))
-    fused = HookedLlava.from_hf(hf_llava(odd)).to(dtype)
+    reference, fused = (HookedLlava.from_hf(copy.deepcopy(hf_llava(odd)).to(dtype)) for _ in range(2))
     fused.use("fused")
     return reference.requires_grad_(False), fused.requires_grad_(False)
 

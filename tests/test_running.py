@@ -10,7 +10,7 @@ from word_tokenizer import word_tokenizer
 
 from llava_lens import HookedLlava, Inputs
 from llava_lens.errors import LensError, UnknownHook
-from llava_lens.layers import KVCache
+from llava_lens.kv_cache import KVCache
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from llava_lens.errors import LensError
 from llava_lens.hooks import Hook, reader
-from llava_lens.layers import Angles, Mask
+from llava_lens.layers import Mask
+from llava_lens.rotary import Angles
 from llava_lens.sweep.attach import Todo, attached, writers
 from llava_lens.sweep.edits import FRONT, Edit, axes_of
 from llava_lens.sweep.prefix import SharedPrefix

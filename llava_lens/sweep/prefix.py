@@ -6,7 +6,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from llava_lens import kernels
-from llava_lens.layers import Attention, KVCache, Mask
+from llava_lens.kv_cache import KVCache
+from llava_lens.layers import Attention, Mask
 
 
 class SharedPrefix(KVCache):

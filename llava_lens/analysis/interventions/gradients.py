@@ -22,7 +22,8 @@ from llava_lens import kernels
 from llava_lens.analysis.interventions.grid import Grid
 from llava_lens.errors import LensError
 from llava_lens.kernels import upcast
-from llava_lens.layers import Angles, Mask
+from llava_lens.layers import Mask
+from llava_lens.rotary import Angles
 from llava_lens.sweep.attach import attached
 from llava_lens.sweep.base import END, Base
 from llava_lens.sweep.edits import FRONT, Places, hooks_of
