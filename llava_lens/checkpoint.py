@@ -10,16 +10,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
-from transformers import PreTrainedConfig
 
 from llava_lens.errors import nearest
-from llava_lens.families import Llama, Llava, family
 from llava_lens.shards import WEIGHT_FILES, CheckpointError, Entry, read_headers, read_index, read_json
+
+if TYPE_CHECKING:  # what transformers imports for these takes longer than a small load, so it waits for one
+    from transformers import LlavaConfig, PreTrainedConfig
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 """What is fetched from the hub before any weight: configuration, index, tokenizer and processor."""
@@ -179,8 +180,10 @@ def _check_original(id_or_dir: str | Path, facts: dict[str, Any]) -> None:
 
 
 def _parse(id_or_dir: str | Path, facts: dict[str, Any], tower: Checkpoint | None = None) -> PreTrainedConfig:
+    from transformers import CONFIG_MAPPING
+
     try:
-        return _llava_config(facts, tower.config) if tower else family(facts["model_type"]).from_dict(facts)
+        return _llava_config(facts, tower.config) if tower else CONFIG_MAPPING[facts["model_type"]].from_dict(facts)
     except (KeyError, TypeError, ValueError, AttributeError, StrictDataclassError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{id_or_dir}: config.json describes no {facts['model_type']!r} ({reason})") from error
@@ -202,14 +205,16 @@ def _open_tower(id_or_dir: str | Path, hub: dict[str, Any], held: bool, owner: s
     return Checkpoint(getattr(config, "vision_config", config), folder, seeing)
 
 
-def _llava_config(facts: dict[str, Any], vision: Any) -> Llava:
+def _llava_config(facts: dict[str, Any], vision: Any) -> LlavaConfig:
     """The original release in transformers' terms; `<image>` is the first id outside its vocabulary."""
+    from transformers import LlamaConfig, LlavaConfig
+
     if facts.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
         raise ValueError(
             f"the tower is of width {vision.hidden_size}; expected {facts['mm_hidden_size']} (mm_hidden_size)"
         )
-    text = Llama(**{key: facts[key] for key in LLAMA_FIELDS if facts.get(key) is not None})
-    return Llava(
+    text = LlamaConfig(**{key: facts[key] for key in LLAMA_FIELDS if facts.get(key) is not None})
+    return LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=text.vocab_size,

@@ -41,7 +41,9 @@ class Processor:
 
         A release without image settings gets CLIP's at the tower's size, padded to a square where its config says so.
         """
-        tokenizer = _tokenizer(source, **kwargs)
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
         whole = _json_of(source, "processor_config.json", **kwargs)
         settings = whole.get("image_processor") or _json_of(source, "preprocessor_config.json", **kwargs)
         if not settings and _json_of(source, "config.json", **kwargs).get("image_aspect_ratio") == "pad":
@@ -72,18 +74,6 @@ class Processor:
                 f"the tokenizer's {self.image_token} is {token_id}, the config's image_token_id {cfg.image_token_id}"
             )
         return token_id is not None
-
-
-def _tokenizer(source: str | Path, **kwargs: Any) -> Any:
-    """What `AutoTokenizer` gives; told what it looks up of the model, it need not import that model's config class."""
-    from transformers import AutoTokenizer, PreTrainedConfig
-
-    if not _json_of(source, "tokenizer_config.json", **kwargs).get("tokenizer_class"):
-        return AutoTokenizer.from_pretrained(source, **kwargs)
-    facts = _json_of(source, "config.json", **kwargs)
-    looked_up = {key: facts[key] for key in ("model_type", "model_name", "tokenizer_class") if key in facts}
-    config = PreTrainedConfig.from_dict({**looked_up, "name_or_path": str(source)})
-    return AutoTokenizer.from_pretrained(source, config=config, **kwargs)
 
 
 def _text_of(source: str | Path, name: str, **kwargs: Any) -> str | None:

@@ -20,7 +20,6 @@ FLOORS = {
     "prompt": 4,
     "inputs": 5,
     "shards": 2,
-    "families": 1,
     "checkpoint": 3,
     "rename": 3,
     "weights": 4,
@@ -58,7 +57,7 @@ FLOORS = {
 """Module or folder → floor. `tiny` holds data and its training and may look anywhere; nothing but `model` looks in."""
 HOMES = {
     "transformer_lens": {"hooks", "record", "stack_cache", "cache", "hooked", "surface"},
-    "transformers": {"config", "families", "images", "prompt", "checkpoint", "generate", "cli", "tiny"},
+    "transformers": {"config", "images", "prompt", "checkpoint", "generate", "cli", "tiny"},
     "matplotlib": {"plots"},
 }
 
