@@ -122,6 +122,7 @@ def increase_from_table(
     p: Float[Tensor, " d_vocab"],
 ) -> Float[Tensor, " cell"]:
     """What logits moved by `coefficients @ table` do to one token's log-probability, in nats."""
+    coefficients, table = upcast(coefficients), upcast(table)
     held = CHUNK.get(table.device.type, CHUNK["cuda"]) // len(p)
     rows = min(len(coefficients), max(1, held, min(FULL, len(table) // 4)))
     logits = table.new_empty(rows, len(p))  # reused: fresh memory costs as much as the product
