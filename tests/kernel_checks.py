@@ -221,6 +221,7 @@ def increase(cells: int, depth: int, tokens: int, size: float, sure: float = 3.0
 CHECKS["increase-small"] = increase(5, 24, 97, 1e-3)
 CHECKS["increase-middling"] = increase(70, 33, 300, 0.3)
 CHECKS["increase-large"] = increase(9, 129, 130, 3.0)
+CHECKS["increase-barely_far"] = increase(9, 40, 200, 13.0)
 CHECKS["increase-far"] = increase(9, 40, 200, 60.0)
 CHECKS["increase-sure"] = increase(6, 16, 90, 0.5, sure=12.0)
 CHECKS["increase-adjacent"] = increase(66, 20, 64, 0.5, adjacent=True)
@@ -228,8 +229,8 @@ CHECKS["increase-one"] = increase(1, 1, 2, 1.0)
 CHECKS["increase-empty"] = increase(0, 8, 70, 1.0)
 
 
-REFUSALS: dict[str, Check] = {}
-"""What no Triton kernel can do, and says so."""
+OWN: dict[str, Check] = {}
+"""What only the Triton kernels are asked: to refuse what they cannot do, and to share one sum in other ways."""
 
 
 def refused(message: str, call: Callable[[Callable[..., Tensor]], object]) -> Check:
@@ -240,33 +241,48 @@ def refused(message: str, call: Callable[[Callable[..., Tensor]], object]) -> Ch
     return run
 
 
-REFUSALS["float64"] = refused("no kernel for torch.float64", lambda x: kernels.quick_gelu(x(3).double()))
-REFUSALS["odd_heads"] = refused("d_head must be even", lambda x: kernels.rotate_(x(1, 2, 3, 5), *[x(1, 1, 2, 5)] * 2))
-REFUSALS["expanded_heads"] = refused(
+OWN["float64"] = refused("no kernel for torch.float64", lambda x: kernels.quick_gelu(x(3).double()))
+OWN["odd_heads"] = refused("d_head must be even", lambda x: kernels.rotate_(x(1, 2, 3, 5), *[x(1, 1, 2, 5)] * 2))
+OWN["expanded_heads"] = refused(
     "rotate before expanding", lambda x: kernels.rotate_(x(1, 2, 1, 6).expand(1, 2, 3, 6), *[x(1, 1, 2, 6)] * 2)
 )
-REFUSALS["other_angles"] = refused(
+OWN["other_angles"] = refused(
     r"cos has shape \[1, 1, 3, 6\]; expected", lambda x: kernels.rotate_(x(1, 2, 1, 6), *[x(1, 1, 3, 6)] * 2)
 )
-REFUSALS["two_shapes"] = refused("one shape and dtype", lambda x: kernels.swiglu(x(2, 4), x(2, 5)))
-REFUSALS["no_channels"] = refused("rows of 0 channels", lambda x: kernels.rms_norm(x(2, 0), x(0), EPS))
-REFUSALS["other_weights"] = refused(r"weights \[3\]", lambda x: kernels.rms_norm(x(2, 4), x(3), EPS))
-REFUSALS["strided_room"] = refused(
+OWN["two_shapes"] = refused("one shape and dtype", lambda x: kernels.swiglu(x(2, 4), x(2, 5)))
+OWN["no_channels"] = refused("rows of 0 channels", lambda x: kernels.rms_norm(x(2, 0), x(0), EPS))
+OWN["other_weights"] = refused(r"weights \[3\]", lambda x: kernels.rms_norm(x(2, 4), x(3), EPS))
+OWN["strided_room"] = refused(
     "contiguous room", lambda x: kernels.rms_norm(x(2, 4), x(4), EPS, normalized=x(2, 8)[:, ::2])
 )
-REFUSALS["other_heads"] = refused(
-    "do not fit", lambda x: kernels.last_row_pattern(x(1, 3, 8), x(1, 2, 4, 8), 1.0, None)
-)
-REFUSALS["other_mask"] = refused(
+OWN["other_heads"] = refused("do not fit", lambda x: kernels.last_row_pattern(x(1, 3, 8), x(1, 2, 4, 8), 1.0, None))
+OWN["other_mask"] = refused(
     "expected .1, 4. torch.bool", lambda x: kernels.last_row_pattern(x(1, 2, 8), x(1, 2, 4, 8), 1.0, x(1, 4))
 )
+
+
+def in_one_program(run: Check) -> Check:
+    """A whole vocabulary summed tile after tile, as where there are many cells."""
+
+    def alone(device: torch.device, dtype: torch.dtype) -> None:
+        from llava_lens.kernels.triton import increase as own
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(own, "PROGRAMS", 1)
+            run(device, dtype)
+
+    return alone
+
+
+OWN["increase-many_tiles"] = in_one_program(increase(3, 24, 1000, 1.0))
+OWN["increase-far_in_many_tiles"] = in_one_program(increase(9, 24, 700, 60.0))
 
 
 def failures(dtype: torch.dtype) -> dict[str, str]:
     """Every check on the CPU, pinned to Triton: name → what went wrong."""
     found = {}
     with kernels.pinned("triton"), torch.no_grad():
-        for name, run in (CHECKS | REFUSALS).items():
+        for name, run in (CHECKS | OWN).items():
             try:
                 run(torch.device("cpu"), dtype)
             except (Exception, pytest.fail.Exception):

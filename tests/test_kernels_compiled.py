@@ -3,6 +3,7 @@
 Unusual: tensors have no data (device `meta`) and launches are recorded, so what is compiled here is what would run.
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import os

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from kernel_checks import CHECKS, REFUSALS
+from kernel_checks import CHECKS, OWN
 
 from llava_lens import kernels
 
@@ -17,11 +17,11 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", [*CHECKS, *REFUSALS])
+@pytest.mark.parametrize("name", [*CHECKS, *OWN])
 @torch.no_grad()
 def test_a_kernel_equals_the_reference(name, dtype):
     with kernels.pinned("triton"):
-        (CHECKS | REFUSALS)[name](torch.device("cuda"), dtype)
+        (CHECKS | OWN)[name](torch.device("cuda"), dtype)
 
 
 @pytest.mark.parametrize("name", CHECKS)

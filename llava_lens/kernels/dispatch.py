@@ -158,9 +158,13 @@ add_layer_norm = offered(
 rotate_ = offered(fast.rotate_, "(Tensor(a!) x, Tensor cos, Tensor sin) -> ()", ("x",))
 swiglu = offered(fast.swiglu, "(Tensor gate, Tensor up) -> Tensor")
 quick_gelu = offered(fast.quick_gelu, "(Tensor x) -> Tensor")
-last_row_pattern = offered(fast.last_row_pattern, "(Tensor q, Tensor k, float scale, Tensor? seen) -> Tensor")
+last_row_pattern = offered(
+    fast.last_row_pattern,
+    "(Tensor q, Tensor k, float scale, Tensor? seen) -> Tensor",
+    fake=lambda q, k, *_, **__: q.new_empty((*q.shape[:2], k.shape[2])),
+)
 increase_from_table = offered(
     fast.increase_from_table,
     "(Tensor coefficients, Tensor table, Tensor log_p, int token, Tensor p) -> Tensor",
-    fake=lambda coefficients, *_: coefficients.new_empty(len(coefficients)),
+    fake=lambda coefficients, *_, **__: coefficients.new_empty(len(coefficients)),
 )

@@ -3,6 +3,7 @@
 Unusual: half precision is rounded once, at the end; plain torch rounds after each of its steps.
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from typing import no_type_check

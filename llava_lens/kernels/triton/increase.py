@@ -3,9 +3,11 @@
 With `p` the probabilities, `δ` the change of the logits and `w` the token: `δ_w − E δ − log1p(Σ p (expm1(δ') − δ'))`,
 `δ' = δ − E δ`. Unusual: `Σ p δ'` is zero, so it is left out; all that remains is positive, and what a matrix product
 in low precision gets wrong reaches the result only through the second-order term. The first-order term is formed apart,
-in float32. Logits that rise too far for their exponential are summed as logarithms, in tiles that have any.
+in float32. Logits that rise too far for their exponential are summed as logarithms, in tiles that have any; beside it
+what is left out with them, `1 + δ'`, is nothing.
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from typing import no_type_check
@@ -75,7 +77,7 @@ def increase_kernel(
             near += tl.sum(weight * _beyond_first(delta), 1)
         else:
             far = delta > FAR
-            near += tl.sum(weight * tl.where(far, -1.0 - delta, _beyond_first(tl.minimum(delta, FAR))), 1)
+            near += tl.sum(weight * tl.where(far, 0.0, _beyond_first(tl.minimum(delta, FAR))), 1)
             log_weight = tl.load(log_p + token, mask=there, other=float("-inf"))[None, :]
             risen = tl.where(far, delta + log_weight, float("-inf"))
             higher = tl.maximum(top, tl.max(risen, 1))
@@ -126,6 +128,4 @@ def increase_from_table(
         FAR=FAR, CELLS=tile, PRECISION=precision(table.dtype), **TILE,
     )  # fmt: skip
     risen = (peak + heap.log()).logsumexp(0)
-    missed = missed.sum(0)
-    missed = torch.where(risen == -torch.inf, missed.clamp(min=0), missed.clamp(min=-1))
-    return first - torch.logaddexp(missed.log1p(), risen)
+    return first - torch.logaddexp(missed.sum(0).log1p(), risen)

@@ -3,6 +3,7 @@
 Unusual: every launch goes through `launch`, so that a test can see what would be compiled without a GPU.
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from typing import Any, no_type_check

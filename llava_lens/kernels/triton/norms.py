@@ -4,6 +4,7 @@ Unusual: one program holds one row in registers, so a row is read once however m
 besides the normed row only adds stores: the normed row's bits are the same.
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from typing import no_type_check

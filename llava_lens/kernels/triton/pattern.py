@@ -4,6 +4,7 @@ Unusual: scores are computed twice, once for their maximum and sum and once for 
 the GPU's cache the second time, and room for float32 scores is not needed.
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from typing import no_type_check

@@ -4,6 +4,7 @@ Unusual: every stride of what is rotated is the kernel's to follow, since a copy
 and keys that lie side by side in one product can be rotated in one call, as heads of one tensor.
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from typing import no_type_check
