@@ -15,10 +15,11 @@ from torch import Tensor
 
 from llava_lens import HookedLlava, LlavaCache
 from llava_lens.analysis import Scores, log_prob_increase, mean_attention, names_for
-from llava_lens.analysis.attribution.increase import Base, Vocabulary, shift
+from llava_lens.analysis.attribution.increase import Base, Vocabulary
 from llava_lens.analysis.attribution.readout import Readout
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
+from llava_lens.kernels import shift
 from llava_lens.roles import Picture, Roles
 
 ODD = ["plain", "grouped", "wide_grouped_heads", "tied", "attention_bias", "mlp_bias", "eps_1e-6", "full"]

@@ -59,6 +59,7 @@ HOMES = {
     "transformer_lens": {"hooks", "record", "stack_cache", "cache", "hooked", "surface"},
     "transformers": {"config", "images", "prompt", "checkpoint", "generate", "cli", "tiny"},
     "matplotlib": {"plots"},
+    "triton": {"kernels"},
 }
 
 

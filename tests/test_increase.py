@@ -20,11 +20,12 @@ from benchmarks.cases.increase import dense
 from llava_lens import HookedLlava, LlavaCache
 from llava_lens.analysis import log_prob_increase, names_for
 from llava_lens.analysis.attribution.cells import Screen, certain, doubt, largest, parted, to_settle
-from llava_lens.analysis.attribution.increase import Base, Vocabulary, cheap_bound, shift, tight_bound
+from llava_lens.analysis.attribution.increase import Base, Vocabulary, cheap_bound, tight_bound
 from llava_lens.analysis.attribution.query import Query
 from llava_lens.analysis.attribution.readout import Readout
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
+from llava_lens.kernels import shift
 
 ALL = ("layer", "head", "position", ("head", "position"), "neuron")
 CELLS = ("head", ("head", "position"), "neuron")

@@ -15,15 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llava_lens import kernels
 from llava_lens.analysis.attribution.readout import Readout
 from llava_lens.kernels import upcast
 
-CHUNK = {"cpu": 2**21, "cuda": 2**27}
-"""How many logits are held at a time while increases are computed: what a processor's cache holds, or half a GiB."""
-FULL = 256
-"""Vectors at a time that a wide product needs to be fast, whatever a cache holds."""
-FAR = 40.0
-"""Logits that rise further than this above their mean are summed as logarithms: their exponentials may overflow."""
 LARGEST = 50.0
 """Beyond this `e^b` says nothing that Hoeffding's lemma does not."""
 KEPT = 2
@@ -117,14 +112,7 @@ class Base:
         self, coefficients: Float[Tensor, "cell k"], table: Float[Tensor, "k d_vocab"]
     ) -> Float[Tensor, " cell"]:
         """The same for vectors given as sums of some whose logits are in a table."""
-        held = CHUNK.get(table.device.type, CHUNK["cuda"]) // len(self.p)
-        rows = min(len(coefficients), max(1, held, min(FULL, len(table) // 4)))
-        logits = table.new_empty(rows, len(self.p))  # reused: fresh memory costs as much as the product
-        parts = coefficients.split(max(1, rows))
-        return torch.cat([self._shift(torch.mm(part, table, out=logits[: len(part)])) for part in parts])
-
-    def _shift(self, delta: Float[Tensor, "cell d_vocab"]) -> Float[Tensor, " cell"]:
-        return shift(delta, self.log_p, self.token, self.p)
+        return kernels.increase_from_table(coefficients, table, self.log_p, self.token, self.p)
 
     @cached_property
     def reach(self) -> float:
@@ -150,26 +138,6 @@ class Base:
     def second_error(self) -> float:
         """What rounding may take from `yᵀ second y`, in units of `‖y‖²`: it goes by the matrix, not by the product."""
         return 8 * torch.finfo(self.second.dtype).eps * float(torch.linalg.matrix_norm(self.second))
-
-
-def shift(
-    delta: Float[Tensor, "cell d_vocab"],
-    log_p: Float[Tensor, " d_vocab"],
-    token: int,
-    p: Float[Tensor, " d_vocab"] | None = None,
-) -> Float[Tensor, " cell"]:
-    """What logits moved by `delta` (overwritten) do to one token's log-probability: `δ_w − log Σ_v p_v exp(δ_v)`.
-
-    Formed as first order less what it misses, `δ_w − E δ − log1p(Σ_v p_v expm1(δ_v − E δ))`, whose last sum is never
-    negative (Jensen's inequality), so that nothing cancels.
-    """
-    p = log_p.exp() if p is None else p
-    delta.sub_((delta @ p)[:, None])
-    own = delta[:, token].clone()
-    far = delta.amax(-1) > FAR
-    beyond = torch.logsumexp(log_p + delta[far], -1)
-    missed = torch.log1p(torch.mv(delta.expm1_(), p).clamp_(min=0))
-    return own - missed.masked_scatter_(far, beyond)
 
 
 def cheap_bound(square: Float[Tensor, "*cell"], reach: float) -> Float[Tensor, "*cell"]:
