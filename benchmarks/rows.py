@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -24,7 +24,8 @@ class Row:
 
     `error` is the largest absolute difference of the metric to `error_against`; `span` is how far that reference
     itself ranges, largest minus smallest; None where there are no numbers to compare. `floor_seconds` is what the work
-    takes at least under `ceilings`; `held_bytes` is what the variant keeps when it is done.
+    takes at least under `ceilings`; `held_bytes` is what the variant keeps when it is done; `launches` is how often the
+    host starts work on the device, None where that was not counted.
     """
 
     case: str
@@ -46,6 +47,11 @@ class Row:
     ceilings: str = ""
     held_bytes: int | None = None
     per_second: str = ""
+    launches: int | None = None
+
+    def show(self, *names: str) -> str:
+        """Its case with its parameters (all but `names`)."""
+        return self.case + "".join(f" {key}={value}" for key, value in self.params.items() if key not in names)
 
 
 @dataclass(frozen=True)
@@ -65,10 +71,18 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
 
-    def add(self, found: Sequence[Row | LeftOut]) -> None:
-        """Take in what a case found."""
-        self.rows += [each for each in found if isinstance(each, Row)]
-        self.left_out += [each for each in found if isinstance(each, LeftOut)]
+    def add(self, found: Iterable[Row | LeftOut]) -> None:
+        """Take in what a case finds, piece by piece: what came before an error is kept."""
+        for each in found:
+            if isinstance(each, Row):
+                self.rows.append(each)
+            else:
+                self.left_out.append(each)
+
+    def find(self, case: str, variant: str, **params: Any) -> Row | None:
+        """The row of a variant, whose parameters hold the given ones; None where there is none."""
+        fits = [row for row in self.rows if (row.case, row.variant) == (case, variant)]
+        return next((row for row in fits if all(row.params.get(key) == value for key, value in params.items())), None)
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON."""
@@ -116,6 +130,7 @@ EXTRA: dict[str, Callable[[Row], str]] = {
     "floor": lambda row: "" if row.floor_seconds is None else f"{row.floor_seconds:.3g}",
     "of floor": lambda row: "" if row.floor_seconds is None else f"{row.floor_seconds / row.seconds.median:.2f}",
     "held": lambda row: "" if row.held_bytes is None else f"{row.held_bytes / 2**20:.1f} MiB",
+    "launches": lambda row: "" if row.launches is None else str(row.launches),
     "per second": lambda row: row.per_second,
 }
 """Columns that stand in a table where a row has something to say in them."""
@@ -131,11 +146,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    params = "".join(f" {key}={value}" for key, value in row.params.items())
     part = row.cells_measured < row.cells
     by_round = row.times_faster_by_round
     return (
-        row.case + params,
+        row.show(),
         row.variant,
         f"{row.cells_measured} of {row.cells}" if part else str(row.cells),
         f"{row.seconds.median:.3g}{'*' if part else ''}",
