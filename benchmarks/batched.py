@@ -7,13 +7,14 @@ collected outside the time, except by the first order, which pays for its clean 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from benchmarks.baselines import Cell, last_logits, layers
+from benchmarks.baselines import Cell, blind, causal_mask, last_logits, layers, windows
 from benchmarks.models import Study
 from llava_lens import Inputs
 
@@ -30,21 +31,13 @@ def repeated(inputs: Inputs, count: int) -> Inputs:
 
 @torch.inference_mode()
 def loop(
-    study: Study, cells: Sequence[Cell], rows: int, place: Callable[[Any], Any], put: Put
+    study: Study, cells: Sequence[Cell], rows: int, attach: Callable[[Sequence[Cell]], list[Any]]
 ) -> Float[Tensor, " cell"]:
-    """The metric of the corrupt prompt under each cell's edit, `rows` cells at a time; `place` is where in a layer."""
+    """The metric of the corrupt prompt under each cell's edit, `rows` cells at a time; `attach` gives their hooks."""
     found = []
     for start in range(0, len(cells), rows):
         some = cells[start : start + rows]
-        handles = []
-        for layer in {cell[0] for cell in some}:
-            mine = [(row, cell) for row, cell in enumerate(some) if cell[0] == layer]
-
-            def edit(_: Any, args: tuple[Tensor, ...], mine: list[tuple[int, Cell]] = mine) -> None:
-                for row, cell in mine:
-                    put(args[0], row, cell)
-
-            handles.append(place(layers(study.hf)[layer]).register_forward_pre_hook(edit))
+        handles = attach(some)
         try:
             logits = last_logits(study.hf, repeated(study.corrupt, len(some)))
         finally:
@@ -54,13 +47,31 @@ def loop(
     return torch.stack(found)
 
 
+def editing(study: Study, place: Callable[[Any], Any], put: Put) -> Callable[[Sequence[Cell]], list[Any]]:
+    """Hooks that put each cell's values into its row, in front of the module that `place` finds in the cell's layer."""
+
+    def attach(some: Sequence[Cell]) -> list[Any]:
+        handles = []
+        for layer in {cell[0] for cell in some}:
+            mine = [(row, cell) for row, cell in enumerate(some) if cell[0] == layer]
+
+            def edit(_: Any, args: tuple[Tensor, ...], mine: list[tuple[int, Cell]] = mine) -> None:
+                for row, cell in mine:
+                    put(args[0], row, cell)
+
+            handles.append(place(layers(study.hf)[layer]).register_forward_pre_hook(edit))
+        return handles
+
+    return attach
+
+
 def patch_resid(study: Study, cells: Sequence[Cell], clean: Sequence[Tensor], rows: int) -> Float[Tensor, " cell"]:
     """Cells `(layer, position)`: the clean stream before that layer at that position."""
 
     def put(stream: Tensor, row: int, cell: Cell) -> None:
         stream[row, cell[1]] = clean[cell[0]][0, cell[1]]
 
-    return loop(study, cells, rows, lambda layer: layer, put)
+    return loop(study, cells, rows, editing(study, lambda layer: layer, put))
 
 
 def patch_heads(
@@ -73,7 +84,27 @@ def patch_heads(
         own = slice(cell[1] * d_head, (cell[1] + 1) * d_head)
         z[row, at, own] = clean[cell[0]][0, at, own]
 
-    return loop(study, cells, rows, lambda layer: layer.self_attn.o_proj, put)
+    return loop(study, cells, rows, editing(study, lambda layer: layer.self_attn.o_proj, put))
+
+
+def knock_out(
+    study: Study, cells: Sequence[Cell], sources: Sequence[Sequence[int]], width: int, rows: int
+) -> Float[Tensor, " cell"]:
+    """Cells `(layer, source)`: the last position does not see a source's keys in the window around a layer."""
+    causal, blocked = causal_mask(study), windows(study.size.layers, width)
+
+    def attach(some: Sequence[Cell]) -> list[Any]:
+        handles = []
+        for index in sorted({layer for cell in some for layer in blocked[cell[0]]}):
+            mask = causal.repeat(len(some), 1, 1, 1)
+            for row, cell in enumerate(some):
+                if index in blocked[cell[0]]:
+                    mask[row, 0, -1, list(sources[cell[1]])] = -torch.inf
+            attention = layers(study.hf)[index].self_attn
+            handles.append(attention.register_forward_pre_hook(partial(blind, mask), with_kwargs=True))
+        return handles
+
+    return loop(study, cells, rows, attach)
 
 
 def first_order(study: Study) -> Float[Tensor, "layer position"]:

@@ -27,6 +27,7 @@ class Settings:
     device: str = "cpu"
     rounds: int = 3
     limit: float = math.inf
+    precision: torch.dtype | None = None
 
     @property
     def cuda(self) -> bool:
@@ -35,8 +36,8 @@ class Settings:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What a model of real size is run in there."""
-        return torch.bfloat16 if self.cuda else torch.float32
+        """What models are run in: half precision on a GPU, unless another was asked for."""
+        return self.precision or (torch.bfloat16 if self.cuda else torch.float32)
 
     @property
     def patience(self) -> Patience:

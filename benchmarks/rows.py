@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,9 @@ class Report:
             else:
                 self.left_out.append(each)
 
-    def find(self, case: str, variant: str, **params: Any) -> Row | None:
-        """The row of a variant, whose parameters hold the given ones; None where there is none."""
-        fits = [row for row in self.rows if (row.case, row.variant) == (case, variant)]
+    def find(self, case: str, variant: str, size: str, **params: Any) -> Row | None:
+        """The row of a variant on a size, whose parameters hold the given ones; None where there is none."""
+        fits = [row for row in self.rows if (row.case, row.variant, row.size.split(":")[0]) == (case, variant, size)]
         return next((row for row in fits if all(row.params.get(key) == value for key, value in params.items())), None)
 
     def save(self, path: str | Path) -> None:
@@ -100,18 +101,22 @@ class Report:
         return cls(facts["machine"], rows, [LeftOut(**each) for each in facts["left_out"]])
 
 
+LIBRARIES = ("torch", "transformers", "transformer_lens", "triton", "liger_kernel", "nnsight")
+
+
 def machine(device: str) -> dict[str, Any]:
-    """The device, the processor, the threads, the versions and the date."""
-    names = ("torch", "transformers", "transformer_lens")
+    """The device, the processor, the threads, the versions of what is installed, and the date."""
+    cuda = device.startswith("cuda")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "device": torch.cuda.get_device_name(device) if cuda else device,
+        "cuda": torch.version.cuda if cuda else None,
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in names},
-        "peak_bytes": MEMORY["cuda" if device.startswith("cuda") else "cpu"],
+        "versions": {name: version(name) for name in LIBRARIES if find_spec(name)},
+        "peak_bytes": MEMORY["cuda" if cuda else "cpu"],
     }
 
 
@@ -137,9 +142,14 @@ EXTRA: dict[str, Callable[[Row], str]] = {
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A markdown table whose columns line up as plain text too; `*` marks seconds scaled up from some cells."""
+    """A markdown table; `*` marks seconds scaled up from some cells."""
     extra = {name: show for name, show in EXTRA.items() if any(map(show, rows))}
     body = [(*HEAD, *extra), *((*_cells(row), *(show(row) for show in extra.values())) for row in rows)]
+    return markdown(body)
+
+
+def markdown(body: Sequence[Sequence[str]]) -> str:
+    """A head and lines as a table whose columns line up as plain text too."""
     widths = [max(map(len, column)) for column in zip(*body, strict=True)]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in body]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

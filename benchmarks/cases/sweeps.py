@@ -122,11 +122,13 @@ def knockout(settings: Settings) -> Found:
     """The last position blind to each part of the picture in a window of layers."""
     name = "sweeps/knockout"
     study = study_for(settings, "picture")
+    rows = rows_at_once(settings)
     sources = [part.tolist() for part in torch.tensor(study.image).tensor_split(SOURCES)]
     grid = Grid(study.size.layers, SOURCES, settings=settings)
     run = floors.prefill(study.size, 1, study.hf.dtype.itemsize)
     variants = [
         grid.looped("hf loop", partial(baselines.knock_out, study, sources=sources, width=WIDTH), run),
+        grid.looped("hf batched", partial(batched.knock_out, study, sources=sources, width=WIDTH, rows=rows)),
         grid.whole("llava_lens", partial(ours.knock_out, study, sources, WIDTH)),
     ]
     with truth.in_float64(study.reference) as model:
