@@ -17,7 +17,8 @@ from benchmarks.models import Size
 FLOOR = (
     "floor: max(operations / best rate of a square matmul, bytes / rate of a copy), rates measured in the same run; "
     "counted are matrix products, attention (causal pairs only), weights and cached keys and values read once, and "
-    "what is kept written once, every position through every layer; of floor: floor / seconds, above 1 where a ceiling was measured too low or a cache held what was read."
+    "what is kept written once, every position through every layer; of floor: floor / seconds, above 1 where a "
+    "ceiling was measured too low or a cache held what was read."
 )
 """The formula, in words."""
 

@@ -42,7 +42,8 @@ def last_patterns(model: HookedLlava, inputs: Inputs) -> Float[Tensor, "layer ba
 
 def patch_resid(study: Study, positions: Sequence[int] | None = None) -> Float[Tensor, "layer position"]:
     """The clean stream before each layer at each of some positions (None: all), put into the corrupt run."""
-    return _patch(study, "resid_pre", ("layer", "position"), positions)
+    found = _patch(study, "resid_pre", ("layer", "position"), positions)
+    return found if positions is None else found[:, list(positions)]  # NaN where no run was asked for
 
 
 def patch_heads(
