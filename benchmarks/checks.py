@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import baselines, ours, truth
 from benchmarks.cases.decode import by_hf, by_ours
-from benchmarks.cases.kernels import OPERATIONS, Operation, copied, maker, no_triton, once
+from benchmarks.cases.kernels import OPERATIONS, Operation, copied, maker, no_triton, once, pinned
 from benchmarks.compare import Settings
 from benchmarks.models import SIZES, Study, batch_of, make_study
 from llava_lens import kernels
@@ -68,7 +68,7 @@ def served(
     """Who serves an operation there."""
     yield "fast", getattr(fast, operation.name), nullcontext
     if no_triton(operation.name, settings) is None:
-        yield "triton", getattr(kernels, operation.name), partial(kernels.pinned, "triton")  # type: ignore[attr-defined]
+        yield "triton", getattr(kernels, operation.name), partial(pinned(), "triton")
 
 
 def studies(device: str) -> Iterator[Study]:

@@ -65,10 +65,14 @@ def _number(of: Of, own: Row, other: Row) -> tuple[float, float, float] | None:
         floor = own.floor_seconds
         return None if floor is None else (floor / mine.median, floor / mine.high, floor / mine.low)
     if of == "gigabytes held":
-        return None if own.held_bytes is None else (own.held_bytes / 1e9,) * 3
+        return None if own.held_bytes is None else _alone(own.held_bytes / 1e9)
     if not own.error or not other.error:
         return None
-    return (own.error / other.error,) * 3
+    return _alone(own.error / other.error)
+
+
+def _alone(value: float) -> tuple[float, float, float]:
+    return value, value, value
 
 
 def _prefill(name: str, batch: int, faster: tuple[float, float], floor: tuple[float, float]) -> list[Goal]:

@@ -117,8 +117,9 @@ def build(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32) -
     hf = random_hf(size, device, dtype)
     models = {path: HookedLlava.from_hf(hf) for path in PATHS if path == PATHS[0] or hasattr(HookedLlava, "use")}
     for path, model in models.items():
-        if hasattr(model, "use"):
-            model.use(path)
+        use: Any = getattr(model, "use", None)
+        if use is not None:
+            use(path)
     *others, owner = models.values()
     with torch.inference_mode():  # weights may be laid out anew only in the first run
         pixels = torch.zeros(size.images, 3, 8 * size.grid, 8 * size.grid, device=device, dtype=dtype)

@@ -31,7 +31,8 @@ class Traced:
     def last_rows(self, inputs: Inputs) -> Tensor:
         """The last position's pattern in every layer, `[layer, batch, head, key]`."""
         with self.model.trace(**inputs.for_hf(), logits_to_keep=1, use_cache=False):
-            rows = [layer.self_attn.output[1][:, :, -1] for layer in self.layers].save()
+            found: Any = [layer.self_attn.output[1][:, :, -1] for layer in self.layers]
+            rows = found.save()
         return torch.stack(rows)
 
     @torch.inference_mode()

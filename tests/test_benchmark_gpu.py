@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def row(**given):
     return Row(**{**made, **given})
 
 
-def report(*rows, cuda="13.0"):
+def report(*rows, cuda: str | None = "13.0"):
     return Report({"cuda": cuda}, list(rows))
 
 
@@ -56,7 +57,7 @@ def test_weights_of_all_models_are_in_memory_once(study):
     alone = bytes_of([hf])
     assert bytes_of([hf, *paths.values(), eager, bridge.bridge]) == pytest.approx(alone, rel=0.01)  # buffers
     weights = {name: weight.clone() for name, weight in hf.named_parameters()}
-    packed = HookedLlava.from_hf(hf)
+    packed: Any = HookedLlava.from_hf(hf)
     for block in packed.blocks:  # as a path that keeps queries, keys and values in one matrix
         parts = [block.attn.q_proj, block.attn.k_proj, block.attn.v_proj]
         whole = torch.cat([part.weight.data for part in parts])
@@ -107,11 +108,11 @@ def test_a_part_of_a_grid_is_found_in_its_place(study):
         (resid, resid.whole("ours", lambda: ours.patch_resid(study, resid.axes[1])), 5 / TOY.positions),
         (heads, heads.whole("ours", lambda: ours.patch_heads(study, None, heads.axes[0])), 2 / 3),
     ]
-    for grid, variant, share in variants:
+    for grid, variant, part in variants:
         found = truth.patch_resid if grid is resid else truth.patch_heads
         with truth.in_float64(study.reference) as model:
             wanted = found(model, study, grid.checked)
-        assert variant.share == pytest.approx(share) and len(wanted) == len(grid.checked) > 2
+        assert variant.share == pytest.approx(part) and len(wanted) == len(grid.checked) > 2
         torch.testing.assert_close(variant.read(variant.run()).double(), wanted, rtol=0, atol=2e-5)
     assert Grid(TOY.layers, 7, settings=QUICK).whole("ours", lambda: torch.ones(1)).share == 1.0
 
@@ -152,7 +153,8 @@ def test_goals_are_counted_from_rows():
     value = faster.value(report(*rows))
     assert value == pytest.approx((2.0, 1.8 / 1.1, 2.2 / 0.9))
     for of, wanted in [("slower", 0.5), ("seconds more", -1.0), ("seconds", 1.0), ("of floor", 0.5), ("error", 0.1)]:
-        assert replace(faster, of=of).value(report(*rows))[0] == pytest.approx(wanted), of
+        found = replace(faster, of=of).value(report(*rows))
+        assert found is not None and found[0] == pytest.approx(wanted), of
     assert replace(faster, of="gigabytes held").value(report(*rows)) == (4.0, 4.0, 4.0)
     assert goals.standing(faster, [report(*rows)]) == ("2 [1.64, 2.44]", "yes")
     assert goals.standing(replace(faster, must=3), [report(*rows)])[1] == "no"

@@ -56,8 +56,8 @@ def with_outputs(hf: Any, inputs: Inputs) -> tuple[Tensor, Iterable[Tensor]]:
 def kept(run: Callable[..., tuple[Tensor, Any]], *args: Any) -> tuple[Tensor, Iterable[Tensor]]:
     """A cache's tensors; an entry that is worked out when asked for is held as what it is made from."""
     logits, cache = run(*args)
-    entries = getattr(cache, "stored", cache.cache_dict).values()
-    return logits, [part for entry in entries for part in ([entry] if isinstance(entry, Tensor) else entry.tensors())]
+    entries = cache.cache_dict
+    return logits, list(getattr(entries, "tensors", entries.values)())
 
 
 def ways(study: Study, size: Size) -> dict[str, Keep | str]:

@@ -238,7 +238,7 @@ def of(operation: Operation, settings: Settings) -> Found:
     functions["fast"] = (getattr(fast, operation.name), nullcontext)
     why = no_triton(operation.name, settings)
     if why is None:
-        functions["triton"] = (getattr(kernels, operation.name), partial(kernels.pinned, "triton"))
+        functions["triton"] = (getattr(kernels, operation.name), partial(pinned(), "triton"))
     work = Work(operation.flops(*first), operation.moved(*first) * first[0].itemsize) * len(sets)
 
     variants = [
@@ -257,13 +257,18 @@ def copied(given: list[Any], dtype: torch.dtype | None = None) -> list[Any]:
     return [each.to(dtype or each.dtype, copy=True) if isinstance(each, Tensor) else each for each in given]
 
 
+def pinned() -> Any:
+    """The context in which a chosen library serves every operation."""
+    return getattr(kernels, "pinned", None)
+
+
 def no_triton(name: str, settings: Settings) -> str | None:
     """Why the Triton kernel of an operation is not measured, if it is not."""
     if not settings.cuda:
         return "Triton's kernels run on CUDA only"
     if find_spec("triton") is None:
         return "Triton is not installed"
-    dispatched = hasattr(kernels, "pinned") and getattr(kernels, name, None) not in (None, getattr(fast, name))
+    dispatched = pinned() is not None and getattr(kernels, name, None) not in (None, getattr(fast, name))
     return None if dispatched else "there is no such kernel"
 
 

@@ -19,7 +19,8 @@ import torch
 from transformers import CLIPImageProcessor, LlavaProcessor
 
 from benchmarks.bridge import word_tokenizer
-from benchmarks.cases import Case, Found
+from benchmarks.cases import Case
+from benchmarks.cases.sweeps import Found
 from benchmarks.compare import Settings, Variant, compare
 from benchmarks.measure import Own
 from benchmarks.models import SIZES, Size, make_study
@@ -81,7 +82,7 @@ def in_fresh_process(before: str, body: str, *arguments: str) -> Own:
 
 def rounds(settings: Settings) -> tuple[Settings, int]:
     """One round without a warm-up for a quick check: a process takes seconds to start."""
-    return (replace(settings, rounds=1), 0) if settings.quick else (settings, 1)
+    return (Settings(True, settings.device, 1), 0) if settings.quick else (settings, 1)
 
 
 def processor_for(size: Size) -> LlavaProcessor:
@@ -107,7 +108,7 @@ def load(settings: Settings) -> Found:
     study = make_study(size, device=settings.device)
     settings, warmup = rounds(settings)
     facts = {"threads": torch.get_num_threads(), "device": settings.device}
-    with in_float64(study.reference) as model, torch.no_grad():
+    with in_float64(study.model) as model, torch.no_grad():
         exact = model(torch.tensor([WORDS], device=settings.device), logits_to_keep=1)[0, -1]
     with tempfile.TemporaryDirectory() as folder:
         study.hf.save_pretrained(folder)

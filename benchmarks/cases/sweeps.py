@@ -7,7 +7,7 @@ positions too, and all seconds are scaled up to the grid.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -63,8 +63,8 @@ class Grid:
         self.compared = spread_out(len(self.part), check or checks)
         self.checked = [self.part[i] for i in self.compared]
 
-    def looped(self, name: str, run: Callable[[Sequence[Cell]], Tensor], each: Work | None = None) -> Variant:
-        """A variant that pays for each cell (`each` at least) and visits only some."""
+    def looped(self, name: str, run: Callable[..., Tensor], each: Work | None = None) -> Variant:
+        """A variant that pays for each of its `cells` (`each` at least) and visits only some."""
         share, work = len(self.part) / len(self.cells), None if each is None else each * len(self.cells)
         return Variant(name, partial(run, cells=self.part), share, work, read=lambda found: found[self.compared])
 
