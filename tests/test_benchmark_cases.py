@@ -206,6 +206,28 @@ def test_operations_are_those_that_torch_counts():
     assert counted.get_total_flops() == floors.tower(TOY, batch, 4).flops
 
 
+def test_a_rerun_is_a_decoder_without_what_nobody_needs():
+    n, d, d_head = TOY.positions, TOY.d_model, TOY.d_model // TOY.heads
+    whole = floors.decoder(TOY, 1, n, 4).flops
+    unread = 2 * (n - 1) * (2 * d * d_head * TOY.heads + 3 * d * TOY.d_mlp)  # in the last layer, before the last row
+    assert floors.rerun(TOY, 0, n).flops == whole - unread - 4 * d * (n * (n + 1) / 2 - n)
+    one = replace(TOY, layers=1)
+    assert floors.rerun(one, 0, 1).flops == floors.decoder(one, 1, 1, 4, seen=n - 1).flops
+    middle = floors.rerun(TOY, 1, 5, from_middle=True).flops
+    assert middle == 2 * 5 * 3 * d * TOY.d_mlp + floors.rerun(TOY, 2, 5).flops
+    assert floors.rerun(TOY, 2, 5, from_middle=True).flops == 2 * 3 * d * TOY.d_mlp + 2 * d * TOY.vocab
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["sweeps/resid-words", "sweeps/heads-last", "sweeps/knockout"])
+def test_sweeps_take_longer_than_their_floors(name):
+    rows = [row for row in chosen([name])[0].run(QUICK) if isinstance(row, Row)]
+    assert {"hf loop", "hf batched", "llava_lens"} <= {row.variant for row in rows}
+    ours_, loop = (next(row for row in rows if row.variant == each) for each in ("llava_lens", "hf loop"))
+    assert 0 < ours_.floor_seconds < loop.floor_seconds and ours_.floor_seconds < ours_.seconds.high
+    assert all(row.error < LOOSE["atol"] for row in rows)
+
+
 def test_bytes_are_those_of_the_matrices(study):
     def matrices(module):
         return sum(weight.nbytes for weight in module.parameters() if weight.ndim > 1)

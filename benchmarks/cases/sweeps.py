@@ -75,6 +75,12 @@ class Grid:
         return Variant(name, run, share, work, read=lambda found: found.flatten()[at])
 
 
+def first_difference(study: Study) -> int:
+    """The first position where clean and corrupt differ: before it there is nothing to run."""
+    words = (study.clean.tokens != study.corrupt.tokens)[0].nonzero()[:, 0].tolist()
+    return min(words) if words else study.image[0]
+
+
 def resid(differ: Differ, settings: Settings) -> Found:
     """The residual stream at every layer and position."""
     name = "sweeps/resid" if differ == "picture" else "sweeps/resid-words"
@@ -83,12 +89,15 @@ def resid(differ: Differ, settings: Settings) -> Found:
     long = settings.cuda and differ == "picture" and not settings.quick
     grid = Grid(size.layers, size.positions, settings=settings, every=(1, 16 if long else 1))
     bridge, clean = Bridge(study), baselines.clean_activations(study)["resid_pre"]
-    bridge_clean, run = bridge.clean_cache("resid_pre"), floors.prefill(size, 1, study.hf.dtype.itemsize)
+    bridge_clean, itemsize = bridge.clean_cache("resid_pre"), study.hf.dtype.itemsize
+    run, first = floors.prefill(size, 1, itemsize), first_difference(study)
+    reruns = (floors.rerun(size, layer, size.positions - at) for layer, at in grid.cells if at >= first)
+    least = floors.sweep(size, itemsize, reruns, 2 if differ == "picture" else 1)
     variants = [
         grid.looped("hf loop", partial(baselines.patch_resid, study, clean=clean), run),
         grid.looped("hf batched", partial(batched.patch_resid, study, clean=clean, rows=rows)),
         grid.looped("transformer_lens", partial(bridge.patch_resid, clean=bridge_clean)),
-        grid.whole("llava_lens", partial(ours.patch_resid, study, grid.axes[1] if long else None)),
+        grid.whole("llava_lens", partial(ours.patch_resid, study, grid.axes[1] if long else None), least),
     ]
     with truth.in_float64(study.reference) as model:
         exact = truth.patch_resid(model, study, grid.checked)
@@ -104,14 +113,17 @@ def heads(at: Literal["all", "last"], settings: Settings) -> Found:
     long = settings.cuda and at == "all" and not settings.quick
     grid = Grid(size.layers, size.heads, settings=settings, every=(0, 4 if long else 1))
     bridge, clean = Bridge(study), baselines.clean_activations(study)["z"]
-    bridge_clean, run = bridge.clean_cache("z"), floors.prefill(size, 1, study.hf.dtype.itemsize)
+    bridge_clean, itemsize = bridge.clean_cache("z"), study.hf.dtype.itemsize
+    moved = 1 if at == "last" else size.positions - first_difference(study)
+    reruns = (floors.rerun(size, layer, moved, from_middle=True) for layer, _ in grid.cells)
+    run, least = floors.prefill(size, 1, itemsize), floors.sweep(size, itemsize, reruns)
     theirs = bridge.patch_heads if at == "all" else bridge.patch_heads_last
     mine = partial(ours.patch_heads, study, None if at == "all" else "last", grid.axes[0] if long else None)
     variants = [
         grid.looped("hf loop", partial(baselines.patch_heads, study, clean=clean, at=where), run),
         grid.looped("hf batched", partial(batched.patch_heads, study, clean=clean, rows=rows, at=where)),
         grid.looped("transformer_lens", partial(theirs, clean=bridge_clean)),
-        grid.whole("llava_lens", mine),
+        grid.whole("llava_lens", mine, least),
     ]
     with truth.in_float64(study.reference) as model:
         exact = truth.patch_heads(model, study, grid.checked, where)
@@ -125,11 +137,13 @@ def knockout(settings: Settings) -> Found:
     rows = rows_at_once(settings)
     sources = [part.tolist() for part in torch.tensor(study.image).tensor_split(SOURCES)]
     grid = Grid(study.size.layers, SOURCES, settings=settings)
-    run = floors.prefill(study.size, 1, study.hf.dtype.itemsize)
+    size, itemsize = study.size, study.hf.dtype.itemsize
+    run, begin = floors.prefill(size, 1, itemsize), [span[0] for span in baselines.windows(size.layers, WIDTH)]
+    least = run + sum((floors.rerun(size, begin[layer], 1) for layer, _ in grid.cells), Work())
     variants = [
         grid.looped("hf loop", partial(baselines.knock_out, study, sources=sources, width=WIDTH), run),
         grid.looped("hf batched", partial(batched.knock_out, study, sources=sources, width=WIDTH, rows=rows)),
-        grid.whole("llava_lens", partial(ours.knock_out, study, sources, WIDTH)),
+        grid.whole("llava_lens", partial(ours.knock_out, study, sources, WIDTH), least),
     ]
     with truth.in_float64(study.reference) as model:
         exact = truth.knock_out(model, study, grid.checked, sources, WIDTH)
