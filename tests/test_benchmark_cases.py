@@ -224,8 +224,9 @@ def test_sweeps_take_longer_than_their_floors(name):
     rows = [row for row in chosen([name])[0].run(QUICK) if isinstance(row, Row)]
     assert {"hf loop", "hf batched", "llava_lens"} <= {row.variant for row in rows}
     ours_, loop = (next(row for row in rows if row.variant == each) for each in ("llava_lens", "hf loop"))
-    assert 0 < ours_.floor_seconds < loop.floor_seconds and ours_.floor_seconds < ours_.seconds.high
-    assert all(row.error < LOOSE["atol"] for row in rows)
+    floor_of_ours, floor_of_loop = ours_.floor_seconds or 0, loop.floor_seconds or 0
+    assert 0 < floor_of_ours < floor_of_loop and floor_of_ours < ours_.seconds.high
+    assert all(row.error is not None and row.error < LOOSE["atol"] for row in rows)
 
 
 def test_bytes_are_those_of_the_matrices(study):
