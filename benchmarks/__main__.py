@@ -1,4 +1,7 @@
-"""`python -m benchmarks [NAME ...]`: run the cases whose names begin so (all for none), print a table, write JSON."""
+"""`python -m benchmarks [NAME ...]`: run the cases whose names begin so (all for none), print a table, write JSON.
+
+`python -m benchmarks gpu` runs all of them within some minutes on a GPU (`benchmarks.gpu`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks import gpu
 from benchmarks.cases import chosen
 from benchmarks.compare import Settings
 from benchmarks.rows import Report, machine, text
@@ -28,8 +32,11 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; 2 for a name that no case has."""
-    asked = arguments().parse_args(argv)
+    """Run from the command line; 2 for a name that no case has, or a device that is not there."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["gpu"]:
+        return gpu.main(given[1:])
+    asked = arguments().parse_args(given)
     try:
         cases = chosen(asked.names)
     except ValueError as error:
@@ -38,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.list:
         print("\n".join(f"{case.name:20} {case.about}" for case in cases))
         return 0
+    if asked.device.startswith("cuda") and not torch.cuda.is_available():
+        print(f"--device {asked.device}: there is no CUDA device; expected cpu", file=sys.stderr)
+        return 2
     if asked.threads:
         torch.set_num_threads(asked.threads)
     settings = Settings(asked.quick, asked.device, asked.rounds or (2 if asked.quick else 3))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,25 +99,30 @@ def windows(n_layers: int, width: int) -> list[range]:
     return [range(max(0, i - width // 2), min(n_layers, i + (width + 1) // 2)) for i in range(n_layers)]
 
 
+def causal_mask(study: Study) -> Float[Tensor, "1 1 query key"]:
+    """What sdpa adds to the scores: nothing, and -inf ahead of the query."""
+    tokens = study.corrupt.tokens
+    full = torch.full((tokens.shape[1],) * 2, -torch.inf, device=tokens.device, dtype=study.hf.dtype)
+    return full.triu(1)[None, None]
+
+
+def blind(mask: Tensor, _: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """In front of an attention: another mask."""
+    assert kwargs.get("attention_mask") is None, "without padding, causality is left to sdpa"
+    return args, {**kwargs, "attention_mask": mask}
+
+
 def knock_out(
     study: Study, cells: Sequence[Cell], sources: Sequence[Sequence[int]], width: int
 ) -> Float[Tensor, " cell"]:
     """Cells `(layer, source)`: the last position does not see a source's keys in the window around a layer."""
-    tokens = study.corrupt.tokens
-    length = tokens.shape[1]
-    causal = torch.full((length, length), -torch.inf, device=tokens.device, dtype=study.hf.dtype).triu(1)
-    blocked = windows(study.size.layers, width)
+    causal, blocked = causal_mask(study), windows(study.size.layers, width)
 
     def attach(cell: Cell) -> list[Any]:
         mask = causal.clone()
-        mask[-1, list(sources[cell[1]])] = -torch.inf
-
-        def blind(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            assert kwargs.get("attention_mask") is None, "without padding, causality is left to sdpa"
-            return args, {**kwargs, "attention_mask": mask[None, None]}
-
+        mask[..., -1, list(sources[cell[1]])] = -torch.inf
         chosen = [layers(study.hf)[i].self_attn for i in blocked[cell[0]]]
-        return [attention.register_forward_pre_hook(blind, with_kwargs=True) for attention in chosen]
+        return [attention.register_forward_pre_hook(partial(blind, mask), with_kwargs=True) for attention in chosen]
 
     return loop(study, cells, attach)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,36 +11,54 @@ import torch
 from torch import Tensor
 
 from benchmarks.floors import Work, ceilings, floor
-from benchmarks.measure import Own, measure
+from benchmarks.measure import Patience, measure
 from benchmarks.models import Size
 from benchmarks.rows import Row
+
+ENOUGH = 2.0
+"""Seconds of timed rounds after which three are enough (`Patience`)."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run of the benchmarks was asked for."""
+    """How a run of the benchmarks was asked for; `limit` are the seconds that one comparison may go on measuring."""
 
     quick: bool = False
     device: str = "cpu"
     rounds: int = 3
+    limit: float = math.inf
+    precision: torch.dtype | None = None
+
+    @property
+    def cuda(self) -> bool:
+        """On a GPU, where the model of real size is run."""
+        return self.device.startswith("cuda")
 
     @property
     def dtype(self) -> torch.dtype:
-        """What a model of real size is run in there."""
-        return torch.bfloat16 if self.device.startswith("cuda") else torch.float32
+        """What models are run in: half precision on a GPU, unless another was asked for."""
+        return self.precision or (torch.bfloat16 if self.cuda else torch.float32)
+
+    @property
+    def patience(self) -> Patience:
+        """More rounds of what is soon done."""
+        return Patience(self.rounds, 0.0 if self.quick else ENOUGH, self.limit)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to get the numbers. `run` returns them at the cells that are compared; `share` is the part of the work
-    that it does, less than 1 where it visits only those cells. `work` is what all of it takes at least, from the
-    shapes; `held_bytes` what is kept of it."""
+    """One way to get the numbers. `read` makes those that are compared out of what `run` returned, outside the time.
+
+    `share` is the part of the work that it does, less than 1 where it visits only some cells. `work` is what all of
+    it takes at least, from the shapes; `held_bytes` what is kept of it.
+    """
 
     name: str
-    run: Callable[[], Tensor | Own]
+    run: Callable[[], Any]
     share: float = 1.0
     work: Work | None = None
     held_bytes: int | None = None
+    read: Callable[[Any], Tensor] = lambda found: found
 
 
 def spread_out(total: int, count: int) -> list[int]:
@@ -65,10 +84,11 @@ def compare(
     timings = measure(
         {variant.name: variant.run for variant in variants},
         baseline=variants[0].name,
-        rounds=settings.rounds,
+        patience=settings.patience,
         warmup=warmup,
         device=settings.device,
         scale={variant.name: 1 / variant.share for variant in variants},
+        read={variant.name: variant.read for variant in variants},
     )
     wanted = None if truth is None else truth.detach().double().cpu()
     limits = ceilings(settings.device, settings.dtype, settings.quick) if any(v.work for v in variants) else None
@@ -98,6 +118,7 @@ def compare(
                 floor_seconds=floor(variant.work, limits) if variant.work and limits else None,
                 ceilings=str(limits or ""),
                 held_bytes=variant.held_bytes,
+                launches=timing.launches,
             )
         )
     return rows

@@ -6,6 +6,7 @@ other elementwise steps are free, so a floor lies below what any implementation 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,7 +18,8 @@ from benchmarks.models import Size
 FLOOR = (
     "floor: max(operations / best rate of a square matmul, bytes / rate of a copy), rates measured in the same run; "
     "counted are matrix products, attention (causal pairs only), weights and cached keys and values read once, and "
-    "what is kept written once; of floor: floor / seconds, above 1 where a ceiling was measured too low."
+    "what is kept written once, every position through every layer; of floor: floor / seconds, above 1 where a "
+    "ceiling was measured too low or a cache held what was read."
 )
 """The formula, in words."""
 
@@ -98,3 +100,29 @@ def decoder(size: Size, batch: int, new: int, itemsize: int, seen: int = 0) -> W
 def prefill(size: Size, batch: int, itemsize: int) -> Work:
     """Pictures and prompts to the last position's logits."""
     return tower(size, batch * size.images, itemsize) + decoder(size, batch, size.positions, itemsize)
+
+
+def rerun(size: Size, layer: int, rows: int, from_middle: bool = False) -> Work:
+    """The last `rows` positions through the layers from `layer` on, behind cached ones, to the last one's logits.
+
+    In the last layer only keys and values are needed of the rows before the last. `from_middle` begins behind the
+    attention of `layer`. Weights are read once for many such runs, and no bytes are counted.
+    """
+    d_head, last = size.d_model // size.heads, size.layers - 1
+    keys = 2 * size.d_model * d_head * size.kv_heads
+    attention, mlp = 2 * size.d_model**2, 3 * size.d_model * size.d_mlp
+    pairs = rows * (size.positions - rows) + rows * (rows + 1) / 2
+    whole = 2 * rows * (keys + attention + mlp) + 4 * size.d_model * pairs
+    ending = 2 * (rows * keys + attention + mlp) + 4 * size.d_model * size.positions
+    logits = 2 * size.d_model * size.vocab
+    if from_middle and layer == last:
+        return Work(2 * mlp + logits)
+    if from_middle:
+        return Work(2 * rows * mlp) + rerun(size, layer + 1, rows)
+    return Work((last - layer) * whole + ending + logits)
+
+
+def sweep(size: Size, itemsize: int, runs: Iterable[Work], pictures: int = 2) -> Work:
+    """A clean and a corrupt run with as many pictures between them, and what every cell adds."""
+    both = tower(size, pictures * size.images, itemsize) + decoder(size, 2, size.positions, itemsize)
+    return sum(runs, both)

@@ -1,10 +1,14 @@
-"""Random LLaVAs of several sizes, and studies on them: a clean and a corrupt prompt, a metric, an exact twin."""
+"""Random LLaVAs of several sizes, and studies on them: a clean and a corrupt prompt, a metric, an exact twin.
+
+Unusual: the weights are made on the device and are there once. Where a path of ours lays them out anew (queries, keys
+and values in one matrix, say), all other models take views of that.
+"""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -13,7 +17,10 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_lens import HookedLlava, Inputs
+from llava_lens.rename import LLAVA_TABLE, look_up
 
+PATHS = ("reference", "fused")
+"""How our forward can be run; the last is the one that works in a layout of its own."""
 FIRST_WORD = 4
 """Token ids below are `<pad> <s> </s> <unk>`; the last id of the vocabulary is `<image>`."""
 
@@ -74,8 +81,7 @@ def shake(model: torch.nn.Module, seed: int = 0) -> None:
         weight.copy_(1 + 0.2 * noise if gain else noise * (0.1 if weight.ndim == 1 else 1.2 / weight.shape[-1] ** 0.5))
 
 
-@lru_cache(maxsize=2)
-def build(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+def random_hf(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """A random `LlavaForConditionalGeneration` with sdpa attention; equal arguments give equal weights."""
     text = LlamaConfig(
         vocab_size=size.vocab,
@@ -105,26 +111,80 @@ def build(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32) -
     return model.eval()
 
 
+@lru_cache(maxsize=1)
+def build(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, HookedLlava]]:
+    """A Hugging Face model, and ours by path over the same memory; equal arguments give equal weights."""
+    hf = random_hf(size, device, dtype)
+    models = {path: HookedLlava.from_hf(hf) for path in PATHS if path == PATHS[0] or hasattr(HookedLlava, "use")}
+    for path, model in models.items():
+        use: Any = getattr(model, "use", None)
+        if use is not None:
+            use(path)
+    *others, owner = models.values()
+    with torch.inference_mode():  # weights may be laid out anew only in the first run
+        pixels = torch.zeros(size.images, 3, 8 * size.grid, 8 * size.grid, device=device, dtype=dtype)
+        owner(prompt(size, torch.Generator().manual_seed(0)).to(device), pixel_values=pixels, logits_to_keep=1)
+    share(owner, others, hf)
+    return hf, models
+
+
+@torch.no_grad()
+def share(owner: HookedLlava, others: Sequence[HookedLlava], hf: Any) -> None:
+    """Let everybody's weights be views of the owner's, wherever it has put them; the values stay."""
+    held = dict(owner.named_parameters())
+    for other in others:
+        for name, weight in other.named_parameters():
+            weight.data = held[name].data
+    for name, weight in hf.named_parameters():
+        ours = look_up(name, LLAVA_TABLE)
+        if ours in held:
+            weight.data = held[ours].data
+
+
+def bytes_of(models: Iterable[torch.nn.Module]) -> int:
+    """Bytes behind the parameters and buffers of some models, memory that they share counted once."""
+    tensors = (each for model in models for each in (*model.parameters(), *model.buffers()))
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
+
+
 @dataclass(frozen=True, eq=False)
 class Study:
-    """Two prompts of one length on one model, and two tokens whose logits are compared."""
+    """Two prompts of one length on one model, and two tokens whose logits are compared.
+
+    `paths` are ours by name; `model` is the one that a user gets, the last of them.
+    """
 
     size: Size
     hf: Any
-    model: HookedLlava
+    paths: dict[str, HookedLlava]
     clean: Inputs
     corrupt: Inputs
     a: int
     b: int
 
+    @property
+    def model(self) -> HookedLlava:
+        """What a user gets."""
+        return list(self.paths.values())[-1]
+
+    @property
+    def reference(self) -> HookedLlava:
+        """The path that repeats Hugging Face's operations one for one."""
+        return self.paths[PATHS[0]]
+
+    @property
+    def variants(self) -> dict[str, HookedLlava]:
+        """Ours by the name that rows call them."""
+        return {f"llava_lens {path}": model for path, model in self.paths.items()}
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Paths that this version does not have, and why they are left out."""
+        return {f"llava_lens {path}": "this version has no such path" for path in PATHS if path not in self.paths}
+
     def metric(self, last: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, ""]:
         """The difference of the two tokens' logits at the last position."""
         return last[0, self.a] - last[0, self.b]
-
-    @cached_property
-    def exact(self) -> HookedLlava:
-        """The same weights in float64."""
-        return HookedLlava.from_hf(copy.deepcopy(self.hf).double())
 
     @property
     def image(self) -> list[int]:
@@ -145,8 +205,8 @@ def make_study(
     dtype: torch.dtype = torch.float32,
 ) -> Study:
     """Clean and corrupt differ in the picture alone, or in three words of the question alone."""
-    hf = build(size, device, dtype)
-    model = HookedLlava.from_hf(hf)
+    hf, paths = build(size, device, dtype)
+    cfg = paths[PATHS[0]].cfg
     generator = torch.Generator().manual_seed(1)
     tokens = prompt(size, generator)
     pixels = torch.randn(size.images, 3, 8 * size.grid, 8 * size.grid, generator=generator)
@@ -158,10 +218,10 @@ def make_study(
         swapped = tokens[0, third : third + 3] - FIRST_WORD
         other_tokens[0, third : third + 3] = FIRST_WORD + (swapped + 1) % (size.image_token - FIRST_WORD)
     clean, corrupt = (
-        Inputs.from_tokens(t.to(device), model.cfg, p.to(device, dtype))
+        Inputs.from_tokens(t.to(device), cfg, p.to(device, dtype))
         for t, p in ((tokens, pixels), (other_tokens, other_pixels))
     )
-    return Study(size, hf, model, clean, corrupt, FIRST_WORD + 1, FIRST_WORD + 2)
+    return Study(size, hf, paths, clean, corrupt, FIRST_WORD + 1, FIRST_WORD + 2)
 
 
 def prompt(size: Size, generator: torch.Generator, question: int | None = None) -> Tensor:

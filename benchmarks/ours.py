@@ -40,14 +40,17 @@ def last_patterns(model: HookedLlava, inputs: Inputs) -> Float[Tensor, "layer ba
     return torch.stack([cache[name][:, :, 0] for name in names])
 
 
-def patch_resid(study: Study) -> Float[Tensor, "layer position"]:
-    """The clean stream before each layer at each position, put into the corrupt run."""
-    return _patch(study, "resid_pre", ("layer", "position"))
+def patch_resid(study: Study, positions: Sequence[int] | None = None) -> Float[Tensor, "layer position"]:
+    """The clean stream before each layer at each of some positions (None: all), put into the corrupt run."""
+    found = _patch(study, "resid_pre", ("layer", "position"), positions)
+    return found if positions is None else found[:, list(positions)]  # NaN where no run was asked for
 
 
-def patch_heads(study: Study, at: Literal["last"] | None = None) -> Float[Tensor, "layer head"]:
-    """Each head's clean z, at all positions or at the last."""
-    return _patch(study, "z", ("layer", "head"), at)
+def patch_heads(
+    study: Study, at: Literal["last"] | None = None, layers: Sequence[int] | None = None
+) -> Float[Tensor, "layer head"]:
+    """Each head's clean z, at all positions or at the last, in all layers or in some."""
+    return _patch(study, "z", ("layer", "head"), at, layers)
 
 
 def knock_out(study: Study, sources: Sequence[Sequence[int]], width: int) -> Float[Tensor, "layer source"]:
@@ -68,8 +71,8 @@ def screen(study: Study, top_k: int = 0) -> analysis.Screened:
     return analysis.attribution_patch(study.model, study.clean, study.corrupt, "resid_pre", **how)
 
 
-def _patch(study: Study, hook: str, sweep: tuple[str, ...], at: str | None = None) -> Tensor:
-    how: Any = dict(sweep=sweep, at=at, metric=_difference(study), progress=False)
+def _patch(study: Study, hook: str, sweep: tuple[str, ...], at: Any = None, layers: Any = None) -> Tensor:
+    how: Any = dict(sweep=sweep, at=at, layers=layers, metric=_difference(study), progress=False)
     return analysis.patch(study.model, study.clean, study.corrupt, hook, **how).values
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ class Row:
 
     `error` is the largest absolute difference of the metric to `error_against`; `span` is how far that reference
     itself ranges, largest minus smallest; None where there are no numbers to compare. `floor_seconds` is what the work
-    takes at least under `ceilings`; `held_bytes` is what the variant keeps when it is done.
+    takes at least under `ceilings`; `held_bytes` is what the variant keeps when it is done; `launches` is how often the
+    host starts work on the device, None where that was not counted.
     """
 
     case: str
@@ -46,6 +48,11 @@ class Row:
     ceilings: str = ""
     held_bytes: int | None = None
     per_second: str = ""
+    launches: int | None = None
+
+    def show(self, *names: str) -> str:
+        """Its case with its parameters (all but `names`)."""
+        return self.case + "".join(f" {key}={value}" for key, value in self.params.items() if key not in names)
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,18 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
 
-    def add(self, found: Sequence[Row | LeftOut]) -> None:
-        """Take in what a case found."""
-        self.rows += [each for each in found if isinstance(each, Row)]
-        self.left_out += [each for each in found if isinstance(each, LeftOut)]
+    def add(self, found: Iterable[Row | LeftOut]) -> None:
+        """Take in what a case finds, piece by piece: what came before an error is kept."""
+        for each in found:
+            if isinstance(each, Row):
+                self.rows.append(each)
+            else:
+                self.left_out.append(each)
+
+    def find(self, case: str, variant: str, size: str, **params: Any) -> Row | None:
+        """The row of a variant on a size, whose parameters hold the given ones; None where there is none."""
+        fits = [row for row in self.rows if (row.case, row.variant, row.size.split(":")[0]) == (case, variant, size)]
+        return next((row for row in fits if all(row.params.get(key) == value for key, value in params.items())), None)
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON."""
@@ -86,18 +101,22 @@ class Report:
         return cls(facts["machine"], rows, [LeftOut(**each) for each in facts["left_out"]])
 
 
+LIBRARIES = ("torch", "transformers", "transformer_lens", "triton", "liger_kernel", "nnsight")
+
+
 def machine(device: str) -> dict[str, Any]:
-    """The device, the processor, the threads, the versions and the date."""
-    names = ("torch", "transformers", "transformer_lens")
+    """The device, the processor, the threads, the versions of what is installed, and the date."""
+    cuda = device.startswith("cuda")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "device": torch.cuda.get_device_name(device) if cuda else device,
+        "cuda": torch.version.cuda if cuda else None,
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in names},
-        "peak_bytes": MEMORY["cuda" if device.startswith("cuda") else "cpu"],
+        "versions": {name: version(name) for name in LIBRARIES if find_spec(name)},
+        "peak_bytes": MEMORY["cuda" if cuda else "cpu"],
     }
 
 
@@ -116,26 +135,31 @@ EXTRA: dict[str, Callable[[Row], str]] = {
     "floor": lambda row: "" if row.floor_seconds is None else f"{row.floor_seconds:.3g}",
     "of floor": lambda row: "" if row.floor_seconds is None else f"{row.floor_seconds / row.seconds.median:.2f}",
     "held": lambda row: "" if row.held_bytes is None else f"{row.held_bytes / 2**20:.1f} MiB",
+    "launches": lambda row: "" if row.launches is None else str(row.launches),
     "per second": lambda row: row.per_second,
 }
 """Columns that stand in a table where a row has something to say in them."""
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A markdown table whose columns line up as plain text too; `*` marks seconds scaled up from some cells."""
+    """A markdown table; `*` marks seconds scaled up from some cells."""
     extra = {name: show for name, show in EXTRA.items() if any(map(show, rows))}
     body = [(*HEAD, *extra), *((*_cells(row), *(show(row) for show in extra.values())) for row in rows)]
+    return markdown(body)
+
+
+def markdown(body: Sequence[Sequence[str]]) -> str:
+    """A head and lines as a table whose columns line up as plain text too."""
     widths = [max(map(len, column)) for column in zip(*body, strict=True)]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in body]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    params = "".join(f" {key}={value}" for key, value in row.params.items())
     part = row.cells_measured < row.cells
     by_round = row.times_faster_by_round
     return (
-        row.case + params,
+        row.show(),
         row.variant,
         f"{row.cells_measured} of {row.cells}" if part else str(row.cells),
         f"{row.seconds.median:.3g}{'*' if part else ''}",

@@ -1,13 +1,14 @@
 """Brute force over `HookedLlava.run_with_hooks`, one whole run per cell: what errors are measured against.
 
-Run on `study.exact` it is in float64; the names, cells and windows are those of `benchmarks.baselines`. Unusual: where
-a float64 copy of the whole model would not fit, `in_float64` widens one block at a time.
+Run inside `in_float64` it is in float64; the names, cells and windows are those of `benchmarks.baselines`. Unusual:
+one block is widened at a time, for a float64 copy of a model of real size would not fit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ def in_float64(model: HookedLlava) -> Iterator[HookedLlava]:
     Hugging Face's own `.double()` would not do: its norms and its rotary angles go through float32.
     """
     narrow: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+    cfg, path = model.cfg, getattr(model, "path", "reference")
 
     def widen(part: Any, _: Any) -> None:
         narrow[part] = [(weight, weight.data) for weight in part.parameters()]
@@ -109,9 +111,15 @@ def in_float64(model: HookedLlava) -> Iterator[HookedLlava]:
     parts = [*model.blocks, *(part for name, part in model.named_children() if name != "blocks")]
     handles = [part.register_forward_pre_hook(widen) for part in parts]
     handles += [part.register_forward_hook(put_back) for part in parts]
+    if path != "reference":
+        model.use("reference")  # type: ignore[attr-defined]
+    model.cfg = replace(cfg, dtype=torch.float64)
     try:
         yield model
     finally:
+        model.cfg = cfg
+        if path != "reference":
+            model.use(path)  # type: ignore[attr-defined]
         for handle in handles:
             handle.remove()
         for part in list(narrow):
@@ -120,6 +128,6 @@ def in_float64(model: HookedLlava) -> Iterator[HookedLlava]:
 
 @torch.no_grad()
 def last_logits(model: HookedLlava, inputs: Inputs) -> Float[Tensor, "batch d_vocab"]:
-    """Float64 logits of the last position, from a model of any dtype."""
+    """Float64 logits of the last position, from a model of any dtype, on the reference path."""
     with in_float64(model):
         return model(inputs.to(torch.float64), logits_to_keep=1)[:, -1]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 import time
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from benchmarks.bridge import Bridge
 from benchmarks.cases import chosen
 from benchmarks.cases.attribution import estimates
 from benchmarks.cases.cached import bytes_held
-from benchmarks.cases.decode import between_tokens, by_hf, by_ours, steps
+from benchmarks.cases.decode import behind, between_tokens, by_hf, by_ours, steps
 from benchmarks.cases.startup import in_fresh_process
 from benchmarks.compare import Settings
 from benchmarks.floors import Ceilings, Work, floor
@@ -39,14 +41,20 @@ def study():
     return make_study(TOY)
 
 
+@lru_cache
+def exact_of(study):
+    """All weights in float64 at once."""
+    return HookedLlava.from_hf(copy.deepcopy(study.hf).double())
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "variants"),
     [
-        ("forward/prefill", 2 * ["hf sdpa", "hf eager", "transformer_lens", "llava_lens"]),
-        ("tower/encode", 2 * ["hf sdpa", "hf eager", "llava_lens"]),
-        ("decode/greedy", ["hf sdpa", "llava_lens"]),
-        ("patterns/last", ["hf eager", "transformer_lens", "llava_lens"]),
+        ("forward/prefill", 2 * ["hf sdpa", "hf eager", "transformer_lens", "llava_lens reference"]),
+        ("tower/encode", 2 * ["hf sdpa", "hf eager", "llava_lens reference"]),
+        ("decode/greedy", ["hf sdpa", "llava_lens reference"]),
+        ("patterns/last", ["hf eager", "transformer_lens", "llava_lens reference"]),
     ],
 )
 def test_every_variant_finds_the_same(name, variants):
@@ -62,7 +70,7 @@ def test_what_is_kept_is_held_and_no_logit_changes():
     rows = {row.variant: row for row in chosen(["cached/run"])[0].run(QUICK) if isinstance(row, Row)}
     assert all(row.error is not None and row.error < LOOSE["atol"] for row in rows.values())
     held = {name: row.held_bytes or 0 for name, row in rows.items()}
-    own = [held[f"llava_lens {what}"] for what in ("everything", "no result", "5 names", "forward")]
+    own = [held[f"llava_lens reference {what}"] for what in ("everything", "no result", "5 names", "forward")]
     assert own == sorted(own, reverse=True) and own[-1] == 0 < own[-2]
     attentions = 4 * TOY.layers * TOY.heads * TOY.positions**2
     hidden = 4 * (TOY.layers + 1) * TOY.positions * TOY.d_model
@@ -77,7 +85,8 @@ def test_memory_that_tensors_share_is_held_once():
 
 def test_missing_rivals_say_why(study):
     found = chosen(["forward/prefill"])[0].run(Settings(quick=True, rounds=1))
-    assert {each.variant for each in found if isinstance(each, LeftOut)} == {"hf compiled", "liger-kernel"}
+    missing = {each.variant for each in found if isinstance(each, LeftOut)}
+    assert missing == {"hf compiled", "liger-kernel", *study.missing}
     assert twins.liger(study.hf) == "liger-kernel's kernels run on CUDA only"
 
 
@@ -85,7 +94,7 @@ def test_compiling_that_fails_is_a_reason(study, monkeypatch):
     inputs = batch_of(study, 2)
     wanted = ours.last_logits(study.model, inputs)
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
-    forward = twins.compiled(study.hf, inputs, quick=False)
+    forward = twins.compiled(study.hf, inputs, Settings())
     assert not isinstance(forward, str)
     torch.testing.assert_close(forward(inputs), wanted, **LOOSE)
 
@@ -93,7 +102,7 @@ def test_compiling_that_fails_is_a_reason(study, monkeypatch):
         raise RuntimeError("no compiler\nand more")
 
     monkeypatch.setattr(twins, "last_logits", fail)
-    assert twins.compiled(study.hf, inputs, quick=False) == "torch.compile: RuntimeError: no compiler"
+    assert twins.compiled(study.hf, inputs, Settings()) == "torch.compile: RuntimeError: no compiler"
 
 
 def test_patience_ends():
@@ -103,6 +112,11 @@ def test_patience_ends():
     assert time.perf_counter() - start < 4
     with twins.within(1):
         pass
+    with pytest.raises(TimeoutError, match="within 1 s"), twins.within(1):
+        with pytest.raises(TimeoutError, match="within 0 s"), twins.within(0.1):
+            time.sleep(5)
+        time.sleep(5)  # the outer clock goes on
+    assert time.perf_counter() - start < 8
 
 
 def test_a_patched_twin_is_patched_alone(study):
@@ -145,7 +159,7 @@ def test_float64_by_the_block_equals_float64_at_once(dtype):
     found = truth.last_logits(study.model, inputs)
     assert found.dtype == torch.float64
     with torch.no_grad():
-        assert torch.equal(found, study.exact(inputs.to(torch.float64), logits_to_keep=1)[:, -1])
+        assert torch.equal(found, exact_of(study)(inputs.to(torch.float64), logits_to_keep=1)[:, -1])
     assert {weight.dtype for weight in study.model.parameters()} == {dtype}
     assert [weight.data_ptr() for weight in study.model.parameters()] == before
 
@@ -173,7 +187,7 @@ def test_rows_of_a_batch_are_prompts_of_their_own(study):
 def test_a_screen_that_runs_every_cell_is_brute_force(study):
     cells = list(itertools.product(range(TOY.layers), range(TOY.positions)))
     found = estimates(study, top_k=len(cells)).flatten()
-    torch.testing.assert_close(found, truth.patch_resid(study.exact, study, cells), **LOOSE)
+    torch.testing.assert_close(found, truth.patch_resid(exact_of(study), study, cells), **LOOSE)
     assert (estimates(study).flatten() - found).abs().max() > 1e-3  # the first order is not exact
 
 
@@ -190,6 +204,29 @@ def test_operations_are_those_that_torch_counts():
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         eager.encode_image(inputs.pixels)
     assert counted.get_total_flops() == floors.tower(TOY, batch, 4).flops
+
+
+def test_a_rerun_is_a_decoder_without_what_nobody_needs():
+    n, d, d_head = TOY.positions, TOY.d_model, TOY.d_model // TOY.heads
+    whole = floors.decoder(TOY, 1, n, 4).flops
+    unread = 2 * (n - 1) * (2 * d * d_head * TOY.heads + 3 * d * TOY.d_mlp)  # in the last layer, before the last row
+    assert floors.rerun(TOY, 0, n).flops == whole - unread - 4 * d * (n * (n + 1) / 2 - n)
+    one = replace(TOY, layers=1)
+    assert floors.rerun(one, 0, 1).flops == floors.decoder(one, 1, 1, 4, seen=n - 1).flops
+    middle = floors.rerun(TOY, 1, 5, from_middle=True).flops
+    assert middle == 2 * 5 * 3 * d * TOY.d_mlp + floors.rerun(TOY, 2, 5).flops
+    assert floors.rerun(TOY, 2, 5, from_middle=True).flops == 2 * 3 * d * TOY.d_mlp + 2 * d * TOY.vocab
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["sweeps/resid-words", "sweeps/heads-last", "sweeps/knockout"])
+def test_sweeps_take_longer_than_their_floors(name):
+    rows = [row for row in chosen([name])[0].run(QUICK) if isinstance(row, Row)]
+    assert {"hf loop", "hf batched", "llava_lens"} <= {row.variant for row in rows}
+    ours_, loop = (next(row for row in rows if row.variant == each) for each in ("llava_lens", "hf loop"))
+    floor_of_ours, floor_of_loop = ours_.floor_seconds or 0, loop.floor_seconds or 0
+    assert 0 < floor_of_ours < floor_of_loop and floor_of_ours < ours_.seconds.high
+    assert all(row.error is not None and row.error < LOOSE["atol"] for row in rows)
 
 
 def test_bytes_are_those_of_the_matrices(study):
@@ -214,25 +251,32 @@ def test_the_floor_is_the_slower_of_arithmetic_and_memory():
     assert measured.flops > 1e8 and measured.bytes > 1e7 and "float32" in str(measured)
 
 
-def test_decoding_is_timed_between_tokens_and_compared(study):
-    wanted = by_hf(study, 5, lambda: None)
-    for by in (by_hf, by_ours):
-        own = between_tokens(partial(by, study, 5), wanted)
-        assert own.result.tolist() == [0.0] * 5 and own.seconds > 0
-    other = wanted.clone()
-    other[3] += 1
-    assert between_tokens(partial(by_ours, study, 5), other).result.tolist() == [0, 0, 0, 1, 0]
+def test_decoding_is_timed_between_tokens(study):
+    for by in (partial(by_hf, study), partial(by_ours, study, study.model)):
+        own = between_tokens(partial(by, 5), 5, "cpu")
+        assert len(own.result) == 5 and own.seconds > 0
 
     def write(tick):
         for pause in (0.2, 0.05, 0.05):  # the first is the prompt's
             time.sleep(pause)
             tick()
         time.sleep(0.2)
-        return wanted[:3]
+        return torch.arange(3)
 
-    assert 0.1 <= between_tokens(write, wanted[:3]).seconds < 0.2
+    assert 0.1 <= between_tokens(write, 3, "cpu").seconds < 0.2
     with pytest.raises(AssertionError, match="3 ticks for 5 tokens"):
-        between_tokens(write, wanted)
+        between_tokens(write, 5, "cpu")
+
+
+def test_a_token_is_as_far_behind_as_its_logit_in_a_run_of_its_own(study):
+    written = by_hf(study, 4, lambda: None).tolist()
+    assert behind(study, tuple(written)).tolist() == [0.0] * 4
+    written[2] = TOY.image_token - 1 if written[2] != TOY.image_token - 1 else 9
+    text = torch.cat((study.clean.tokens, torch.tensor([written[:2]])), 1)
+    with torch.no_grad():
+        last = exact_of(study)(replace(study.clean.to(torch.float64), tokens=text, roles=None))[0, -1]
+    last[TOY.image_token] = -torch.inf
+    assert behind(study, tuple(written))[2].item() == pytest.approx(float(last.max() - last[written[2]]), rel=1e-12)
 
 
 def test_a_fresh_process_measures_itself():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -20,9 +22,10 @@ from benchmarks.bridge import CANNOT, Bridge, nothing_is_installed
 from benchmarks.cases import every_case
 from benchmarks.compare import Settings, Variant, compare, spread_out
 from benchmarks.floors import Ceilings, Work
-from benchmarks.measure import Spread, peak_bytes, summarise
+from benchmarks.measure import Patience, Spread, Tries, peak_bytes, summarise
 from benchmarks.models import SIZES, make_study, questions
 from benchmarks.rows import HEAD, table
+from llava_lens import HookedLlava
 
 TOY = SIZES["toy"]
 LAYERS, POSITIONS, HEADS = range(TOY.layers), range(TOY.positions), range(TOY.heads)
@@ -36,6 +39,12 @@ LOOSE = {"rtol": 0, "atol": 2e-5}
 @pytest.fixture(scope="module")
 def study():
     return make_study(TOY)
+
+
+@lru_cache
+def exact_of(study):
+    """All weights in float64 at once."""
+    return HookedLlava.from_hf(copy.deepcopy(study.hf).double())
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +62,7 @@ def unpatched(study):
 def test_the_loop_over_the_stream_equals_brute_force(differ, twin, request):
     study = request.getfixturevalue(differ)
     found = baselines.patch_resid(study, RESID, baselines.clean_activations(study)["resid_pre"])
-    wanted = truth.patch_resid(getattr(study, twin), study, RESID)
+    wanted = truth.patch_resid(exact_of(study) if twin == "exact" else study.model, study, RESID)
     torch.testing.assert_close(found, wanted.to(found.dtype), **LOOSE)
     assert (found - unpatched(study)).abs().max() > 0.1  # the cells say something
     clean = study.metric(baselines.last_logits(study.hf, study.clean))
@@ -71,7 +80,7 @@ def test_words_differ_in_the_question_alone(words):
 @pytest.mark.parametrize("at", [slice(None), LAST], ids=["all positions", "last position"])
 def test_the_loop_over_heads_equals_brute_force(study, at):
     found = baselines.patch_heads(study, Z, baselines.clean_activations(study)["z"], at)
-    torch.testing.assert_close(found, truth.patch_heads(study.exact, study, Z, at).to(found.dtype), **LOOSE)
+    torch.testing.assert_close(found, truth.patch_heads(exact_of(study), study, Z, at).to(found.dtype), **LOOSE)
     assert (found - unpatched(study)).abs().max() > 0.1
 
 
@@ -79,7 +88,7 @@ def test_the_loop_over_heads_equals_brute_force(study, at):
 def test_the_knockout_loop_equals_brute_force(study, width):
     cells, sources = list(itertools.product(LAYERS, range(2))), [study.image, study.image[:4]]
     found = baselines.knock_out(study, cells, sources, width)
-    wanted = truth.knock_out(study.exact, study, cells, sources, width)
+    wanted = truth.knock_out(exact_of(study), study, cells, sources, width)
     torch.testing.assert_close(found, wanted.to(found.dtype), **LOOSE)
     assert (found - unpatched(study)).abs().min() > 1e-3
 
@@ -94,7 +103,7 @@ def test_every_way_to_ask_gives_the_same_logits(study, way):
     prompts = questions(study, 4)
     assert len({inputs.n_pos for inputs in prompts}) == 4
     found = getattr(baselines, way)(study.hf, prompts)
-    torch.testing.assert_close(found, truth.ask(study.exact, prompts).to(found.dtype), **LOOSE)
+    torch.testing.assert_close(found, truth.ask(exact_of(study), prompts).to(found.dtype), **LOOSE)
     assert (found[0] - found[1]).abs().max() > 0.1
 
 
@@ -102,12 +111,12 @@ def test_ours_equals_brute_force(study, words):
     sources = [study.image, study.image[:4]]
     cells = list(itertools.product(LAYERS, range(2)))
     pairs = [
-        (ours.patch_resid(study), truth.patch_resid(study.exact, study, RESID)),
-        (ours.patch_resid(words), truth.patch_resid(words.exact, words, RESID)),
-        (ours.patch_heads(study), truth.patch_heads(study.exact, study, Z)),
-        (ours.patch_heads(study, "last"), truth.patch_heads(study.exact, study, Z, LAST)),
-        (ours.knock_out(study, sources, 3), truth.knock_out(study.exact, study, cells, sources, 3)),
-        (ours.ask(study, questions(study, 4)), truth.ask(study.exact, questions(study, 4))),
+        (ours.patch_resid(study), truth.patch_resid(exact_of(study), study, RESID)),
+        (ours.patch_resid(words), truth.patch_resid(exact_of(words), words, RESID)),
+        (ours.patch_heads(study), truth.patch_heads(exact_of(study), study, Z)),
+        (ours.patch_heads(study, "last"), truth.patch_heads(exact_of(study), study, Z, LAST)),
+        (ours.knock_out(study, sources, 3), truth.knock_out(exact_of(study), study, cells, sources, 3)),
+        (ours.ask(study, questions(study, 4)), truth.ask(exact_of(study), questions(study, 4))),
     ]
     for found, wanted in pairs:
         torch.testing.assert_close(found.flatten().double(), wanted.flatten().double(), **LOOSE)
@@ -125,9 +134,9 @@ def test_transformer_lens_agrees_where_its_sweeps_can_do_it(study):
     bridge = Bridge(study)
     stream, z = bridge.clean_cache("resid_pre"), bridge.clean_cache("z")
     pairs = [
-        (bridge.patch_resid(RESID[::5], stream), truth.patch_resid(study.exact, study, RESID[::5])),
-        (bridge.patch_heads(Z, z), truth.patch_heads(study.exact, study, Z)),
-        (bridge.patch_heads_last(Z, z), truth.patch_heads(study.exact, study, Z, LAST)),
+        (bridge.patch_resid(RESID[::5], stream), truth.patch_resid(exact_of(study), study, RESID[::5])),
+        (bridge.patch_heads(Z, z), truth.patch_heads(exact_of(study), study, Z)),
+        (bridge.patch_heads_last(Z, z), truth.patch_heads(exact_of(study), study, Z, LAST)),
     ]
     for found, wanted in pairs:
         torch.testing.assert_close(found, wanted.to(found.dtype), **LOOSE)
@@ -144,7 +153,7 @@ def test_the_bridge_may_not_start_pip():
 
 def test_ratios_of_medians_and_medians_of_ratios():
     seconds = {"slow": [4.0, 6.0, 20.0], "fast": [2.0, 1.0, 4.0]}
-    timings = summarise(seconds, "slow")
+    timings = summarise({name: Tries(print, "cpu", print, taken) for name, taken in seconds.items()}, "slow")
     assert timings["fast"].seconds == Spread(2.0, 1.0, 4.0)
     assert timings["fast"].times_faster == 3.0  # 6 / 2
     assert timings["fast"].times_faster_by_round == Spread(5.0, 2.0, 6.0)  # of 2, 6, 5
@@ -157,10 +166,10 @@ def test_variants_are_interleaved_back_and_forth_and_scaled(monkeypatch):
     monkeypatch.setattr(measure, "peak_bytes", lambda run, device: 7)
     monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(clock)))  # every call takes one second
     variants = {name: lambda name=name: ran.append(name) or name for name in "ab"}
-    timings = measure.measure(variants, "a", rounds=3, warmup=1, scale={"b": 10.0})
+    timings = measure.measure(variants, "a", Patience(3), warmup=1, scale={"b": 10.0}, read={"b": str.upper})
     assert "".join(ran) == "ab" + "ab" + "ba" + "ab"
     assert timings["a"].seconds.median == 1.0 and timings["b"].seconds.median == 10.0
-    assert timings["b"].times_faster == 0.1 and timings["b"].result == "b" and timings["b"].peak_bytes == 7
+    assert timings["b"].times_faster == 0.1 and timings["b"].result == "B" and timings["b"].peak_bytes == 7
     with pytest.raises(ValueError, match="'c' is not among a, b"):
         measure.measure(variants, "c")
 
@@ -168,7 +177,7 @@ def test_variants_are_interleaved_back_and_forth_and_scaled(monkeypatch):
 def test_a_run_that_measured_itself_is_believed():
     ran = []
     runs = {"a": lambda: ran.append("a") or measure.Own("made", 3.0, 11), "b": lambda: ran.append("b") or "plain"}
-    timings = measure.measure(runs, "a", rounds=2, warmup=0)
+    timings = measure.measure(runs, "a", Patience(2), warmup=0)
     assert "".join(ran) == "abba"  # neither a warm-up nor a run for the peak
     assert timings["a"].seconds == Spread(3.0, 3.0, 3.0) and timings["a"].peak_bytes == 11
     assert timings["a"].result == "made" and timings["b"].peak_bytes is None and timings["b"].seconds.high < 1

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.compare import Settings
 from benchmarks.rows import LeftOut, Row
+
+Found = Iterable[Row | LeftOut]
+"""What a case gives, piece by piece, so that what came before an error is there."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class Case:
 
     name: str
     about: str
-    run: Callable[[Settings], Sequence[Row | LeftOut]]
+    run: Callable[[Settings], Found]
 
 
 def every_case() -> list[Case]:

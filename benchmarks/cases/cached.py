@@ -1,22 +1,26 @@
-"""What keeping activations costs: `run_with_cache` of everything and of five names, beside forwards that keep none."""
+"""What keeping activations costs: `run_with_cache` of everything and of five names, beside forwards that keep none.
+
+Unusual: what is kept is let go of after the time, and counted by the memory behind it, shared memory once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import floors, ours, truth, twins
+from benchmarks import floors, ours, tracing, truth, twins
 from benchmarks.bridge import Bridge
-from benchmarks.cases import Case
+from benchmarks.cases import Case, Found
 from benchmarks.cases.forward import AGAINST
-from benchmarks.cases.sweeps import Found
 from benchmarks.compare import Settings, Variant, compare
 from benchmarks.floors import Work
-from benchmarks.models import SIZES, Size, make_study
+from benchmarks.models import SIZES, Size, Study, make_study
+from benchmarks.rows import LeftOut
 from llava_lens import Inputs
 
 Keep = Callable[[], tuple[Tensor, Iterable[Tensor]]]
@@ -25,7 +29,7 @@ Keep = Callable[[], tuple[Tensor, Iterable[Tensor]]]
 
 def size_for(settings: Settings) -> Size:
     """The model that is run."""
-    return SIZES["toy" if settings.quick else "7b" if settings.device.startswith("cuda") else "gemm"]
+    return SIZES["toy" if settings.quick else "7b" if settings.cuda else "gemm"]
 
 
 def handful(size: Size) -> list[str]:
@@ -49,36 +53,48 @@ def with_outputs(hf: Any, inputs: Inputs) -> tuple[Tensor, Iterable[Tensor]]:
     return out.logits[:, -1], [*out.attentions, *out.hidden_states]
 
 
-def values(run: Callable[..., tuple[Tensor, Any]], *args: Any) -> tuple[Tensor, Iterable[Tensor]]:
-    """A cache's tensors."""
+def kept(run: Callable[..., tuple[Tensor, Any]], *args: Any) -> tuple[Tensor, Iterable[Tensor]]:
+    """A cache's tensors; an entry that is worked out when asked for is held as what it is made from."""
     logits, cache = run(*args)
-    return logits, list(cache.cache_dict.values())
+    entries = cache.cache_dict
+    return logits, list(getattr(entries, "tensors", entries.values)())
+
+
+def ways(study: Study, size: Size) -> dict[str, Keep | str]:
+    """Every way to keep something, or why it is missing."""
+    inputs, names, bridge = study.clean, handful(size), Bridge(study)
+    theirs = partial(kept, bridge.cached, inputs)
+    found: dict[str, Keep | str] = {
+        "hf eager outputs": partial(with_outputs, twins.sharing(study.hf, "eager"), inputs),
+        "transformer_lens everything": theirs,
+        "transformer_lens 5 names": lambda: theirs(names),
+        "nnsight 5 names": tracing.MISSING or partial(tracing.Traced(study.hf).five, inputs),
+    }
+    for way, model in study.variants.items():
+        own = partial(kept, ours.cached, model, inputs)
+        found |= {
+            f"{way} forward": lambda model=model: (ours.last_logits(model, inputs), ()),
+            f"{way} everything": own,
+            f"{way} no result": lambda own=own: own(lambda name: not name.endswith("hook_result")),
+            f"{way} 5 names": lambda own=own: own(names),
+        }
+    return found | study.missing
 
 
 def keep(settings: Settings) -> Found:
     """Batch 1."""
     size = size_for(settings)
     study = make_study(size, device=settings.device, dtype=settings.dtype)
-    inputs, bridge, names = study.clean, Bridge(study), handful(size)
-    own = partial(values, ours.cached, study.model, inputs)
-    theirs = partial(values, bridge.cached, inputs)
-    ways: dict[str, Keep] = {
-        "llava_lens forward": lambda: (ours.last_logits(study.model, inputs), ()),
-        "llava_lens everything": own,
-        "llava_lens no result": lambda: own(lambda name: not name.endswith("hook_result")),
-        "llava_lens 5 names": lambda: own(names),
-        "hf eager outputs": partial(with_outputs, twins.sharing(study.hf, "eager"), inputs),
-        "transformer_lens everything": theirs,
-        "transformer_lens 5 names": lambda: theirs(names),
-    }
     work = floors.prefill(size, 1, settings.dtype.itemsize)
     variants = []
-    for way, run in ways.items():
+    for way, run in ways(study, size).items():
+        if isinstance(run, str):
+            yield LeftOut("cached/run", way, run)
+            continue
         held = bytes_held(run()[1])
-        least = work + Work(bytes=held)
-        variants.append(Variant(way, lambda run=run: run()[0], work=least, held_bytes=held or None))
-    exact = truth.last_logits(study.model, inputs)
-    return [*compare("cached/run", size, {"size": size.name}, 1, variants, exact, settings, AGAINST)]
+        variants.append(Variant(way, run, work=work + Work(bytes=held), held_bytes=held or None, read=itemgetter(0)))
+    exact = truth.last_logits(study.reference, study.clean)
+    yield from compare("cached/run", size, {"size": size.name}, 1, variants, exact, settings, AGAINST)
 
 
 CASES = [Case("cached/run", "a forward that keeps everything, or five activations, or none", keep)]

@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import partial
 
 from benchmarks import baselines, ours, truth
-from benchmarks.cases import Case
-from benchmarks.cases.sweeps import Found, Grid
+from benchmarks.cases import Case, Found
+from benchmarks.cases.sweeps import Grid
 from benchmarks.compare import Settings, compare
 from benchmarks.models import SIZES, Size, make_study
 
@@ -27,17 +27,16 @@ def sizes(axis: str, quick: bool) -> list[Size]:
 def curve(axis: str, settings: Settings) -> Found:
     """One row per variant and size."""
     name = f"curves/{axis}"
-    found: Found = []
     for size in sizes(axis, settings.quick):
         study = make_study(size, "picture", settings.device)
-        grid = Grid(size.layers, size.positions, visit=6 if settings.quick else 12)
+        grid = Grid(size.layers, size.positions, settings=settings, visit=6 if settings.quick else 12)
         clean = baselines.clean_activations(study)["resid_pre"]
         own = grid.whole("llava_lens", partial(ours.patch_resid, study))
         loop = grid.looped("hf loop", partial(baselines.patch_resid, study, clean=clean))
-        exact = truth.patch_resid(study.exact, study, grid.part)
+        with truth.in_float64(study.reference) as model:
+            exact = truth.patch_resid(model, study, grid.checked)
         params = {axis: getattr(size, axis)}
-        found += compare(name, size, params, len(grid.cells), [loop, own], exact, settings)
-    return found
+        yield from compare(name, size, params, len(grid.cells), [loop, own], exact, settings)
 
 
 CASES = [

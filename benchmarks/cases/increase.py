@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case
-from benchmarks.cases.sweeps import Found, Grid
-from benchmarks.compare import Settings, Variant, compare
+from benchmarks.cases import Case, Found
+from benchmarks.cases.sweeps import Grid
+from benchmarks.compare import Settings, compare
 from benchmarks.models import SIZES, Size, Study, make_study
+from benchmarks.rows import LeftOut
 from llava_lens import HookedLlava, LlavaCache
 from llava_lens.analysis import log_prob_increase, names_for
+from llava_lens.kernels import upcast
 
 BY = ("head", "position")
 SIZE = Size("increase", 4, 1024, 2816, 16, 16, 32000, 24, 2, 128, 2)
@@ -40,7 +42,7 @@ def strengthened(study: Study) -> Study:
     for name, weight in model.named_parameters():
         if not name.startswith("vision."):
             weight.mul_(next((factor for end, factor in STRONG.items() if name.endswith(end)), 1.0))
-    return replace(study, hf=hf, model=model)
+    return replace(study, hf=hf, paths={"reference": model})
 
 
 @torch.no_grad()
@@ -71,7 +73,7 @@ def dense(cache: LlavaCache, cells: list[Any], token: int, dtype: torch.dtype = 
     factor = gain / (final.pow(2).mean() + model.cfg.eps).sqrt()
 
     def log_p(stream: Tensor) -> Tensor:
-        return ((stream * factor) @ unembed.T).log_softmax(-1)[..., token]
+        return upcast((stream * factor) @ unembed.T).log_softmax(-1)[..., token]
 
     def parts() -> Iterator[Tensor]:
         for layer in range(model.cfg.n_layers):
@@ -85,26 +87,32 @@ def dense(cache: LlavaCache, cells: list[Any], token: int, dtype: torch.dtype = 
 def cells(strong: bool, settings: Settings) -> Found:
     """Every head × position, a sample of them the dense way."""
     name = "increase/cells-strong" if strong else "increase/cells"
-    size = SIZES["toy"] if settings.quick else SIZE
-    study = make_study(size, "picture", settings.device)
+    size = SIZES["toy"] if settings.quick else SIZES["7b"] if settings.cuda else SIZE
+    study = make_study(size, "picture", settings.device, settings.dtype)
+    if strong and size.name == "7b":
+        yield LeftOut(name, "every variant", "a second copy of weights of real size, changed, would be held")
+        return
     cache = cache_of(strengthened(study) if strong else study)
-    grid = Grid(size.layers, size.heads, size.positions, visit=60 if settings.quick else 1024)
+    visit = 60 if settings.quick else 1024
+    grid = Grid(size.layers, size.heads, size.positions, settings=settings, visit=visit, check=visit)
     heads = log_prob_increase(cache, by="head", exact=True)
     token = heads.method["answer_id"]
     screened = log_prob_increase(cache, token, BY)
-    ours = partial(log_prob_increase, cache, token, BY)
     variants = [
-        grid.looped("dense", lambda part: dense(cache, list(part), token)),
-        Variant("llava_lens", lambda: ours().values.flatten()[grid.visited]),
-        Variant("llava_lens exact", lambda: ours(exact=True).values.flatten()[grid.visited]),
+        grid.looped("dense", lambda cells: dense(cache, list(cells), token)),
+        grid.whole("llava_lens", lambda: log_prob_increase(cache, token, BY).values),
+        grid.whole("llava_lens exact", lambda: log_prob_increase(cache, token, BY, exact=True).values),
     ]
+    if settings.dtype == torch.bfloat16:
+        narrow = partial(dense, cache, token=token, dtype=settings.dtype)
+        variants.insert(1, grid.looped("dense bf16", lambda cells: narrow(list(cells))))
     params = {
         "top_head": round(heads.top(1)[0].value, 2),
         "first_order": f"{1 - screened.method['exact'] / screened.method['of']:.2%}",
     }
-    exact = dense(cache, grid.part, token, torch.float64)
+    exact = dense(cache, grid.checked, token, torch.float64)
     against = "two log-softmaxes in float64 of the same cache, collected outside all times (increases, in nats)"
-    return [*compare(name, size, params, len(grid.cells), variants, exact, settings, against)]
+    yield from compare(name, size, params, len(grid.cells), variants, exact, settings, against)
 
 
 CASES = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,13 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from benchmarks import floors, ours, truth, twins
+from benchmarks import floors, ours, tracing, truth, twins
 from benchmarks.bridge import Bridge
-from benchmarks.cases import Case
+from benchmarks.cases import Case, Found
 from benchmarks.cases.cached import size_for
-from benchmarks.cases.sweeps import Found
 from benchmarks.compare import Settings, Variant, compare
 from benchmarks.models import make_study
+from benchmarks.rows import LeftOut
 from llava_lens import Inputs
 
 AGAINST = "llava_lens on the same weights in float64, one block at a time (attention weights)"
@@ -37,19 +38,22 @@ def by_bridge(bridge: Bridge, inputs: Inputs) -> Float[Tensor, "layer batch head
 
 def last_row(settings: Settings) -> Found:
     """Batch 1."""
-    size = size_for(settings)
+    size, name = size_for(settings), "patterns/last"
     study = make_study(size, device=settings.device, dtype=settings.dtype)
     inputs = study.clean
-    with truth.in_float64(study.model) as model:
+    with truth.in_float64(study.reference) as model:
         exact = ours.last_patterns(model, inputs.to(torch.float64))
+    ways: dict[str, Callable[[], Tensor] | str] = {
+        "hf eager": partial(by_hf, twins.sharing(study.hf, "eager"), inputs),
+        "transformer_lens": partial(by_bridge, Bridge(study), inputs),
+        "nnsight": tracing.MISSING or partial(tracing.Traced(study.hf).last_rows, inputs),
+    }
+    ways |= {way: partial(ours.last_patterns, model, inputs) for way, model in study.variants.items()} | study.missing
     work = floors.prefill(size, 1, settings.dtype.itemsize)
-    variants = [
-        Variant("hf eager", partial(by_hf, twins.sharing(study.hf, "eager"), inputs), work=work),
-        Variant("transformer_lens", partial(by_bridge, Bridge(study), inputs), work=work),
-        Variant("llava_lens", partial(ours.last_patterns, study.model, inputs), work=work),
-    ]
+    variants = [Variant(way, run, work=work) for way, run in ways.items() if not isinstance(run, str)]
     cells = size.layers * size.heads
-    return [*compare("patterns/last", size, {"size": size.name}, cells, variants, exact, settings, AGAINST)]
+    yield from compare(name, size, {"size": size.name}, cells, variants, exact, settings, AGAINST)
+    yield from (LeftOut(name, way, why) for way, why in ways.items() if isinstance(why, str))
 
 
 CASES = [Case("patterns/last", "the last position's attention in every layer and head", last_row)]
