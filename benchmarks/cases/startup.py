@@ -152,7 +152,7 @@ class Saved:
 
     def exact(self, input: Any) -> Float[Tensor, " d_vocab"]:
         """The last logits of what was saved, in float64."""
-        with in_float64(self.study.model) as model, torch.no_grad():
+        with in_float64(self.study.reference) as model, torch.no_grad():
             return model(input, logits_to_keep=1)[0, -1]
 
 
