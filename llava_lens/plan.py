@@ -39,6 +39,7 @@ class Planned:
     """A model whose blocks have a fused way beside the reference way."""
 
     path: Path
+    graphs: Any
 
     def use(self, path: Path | str) -> Switch:
         """Take the "reference" path, bit-equal to Hugging Face, or the "fused" one, faster and equal up to rounding.
@@ -81,6 +82,7 @@ class Planned:
 
     def settle_weights(self) -> None:
         """Put weights that run as one product next to each other, if they do, after they were loaded or moved."""
+        self.graphs.clear()
         for _, region in regions_of(self):  # type: ignore[arg-type]
             if region.packed is not None:
                 region.packed.pack() if self.path == "fused" else region.packed.forget()
