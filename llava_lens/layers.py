@@ -6,14 +6,15 @@ somebody listens, and are spliced back into the forward only where a listener ch
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llava_lens import kernels
+from llava_lens import derived, kernels
 from llava_lens.config import ACTIVATIONS, DecoderConfig, TowerConfig
 from llava_lens.hooks import Hook, splice
 from llava_lens.norms import Stream
@@ -123,12 +124,7 @@ class Attention(nn.Module):
         if angles is not None:
             q = self.hook_rot_q(kernels.rotate(q, *angles).transpose(1, 2)).transpose(1, 2)
         k, v = self.keys_and_values(x, angles)
-        if past is not None:
-            z = past.attend(self, q, k, v, mask)
-        else:
-            if angles is not None and self.implementation == "eager":
-                k, v = k.contiguous(), v.contiguous()  # as Hugging Face's always present cache lays them out
-            z = self.attend(q, k, v, mask)
+        z = self.attend(q, k, v, mask) if past is None else past.attend(self, q, k, v, mask)
         return self.output(self.hook_z(z.transpose(1, 2).contiguous()))
 
     def keys_and_values(self, x: Stream, angles: Angles | None) -> tuple[Tensor, Tensor]:
@@ -145,11 +141,22 @@ class Attention(nn.Module):
         fast = None if eager else kernels.attention(q, k, v, self.scale, *mask)
         if fast is not None and not (self.hook_attn_scores.live or self.hook_pattern.live):
             return fast
+        decoders = eager and hasattr(self, "hook_rot_k")
+        how = dict(uniform=eager, contiguous=decoders)
+        scores_of, pattern_of = (
+            partial(derived.attention, kind, q, k, self.scale, *mask, **how) for kind in ("scores", "pattern")
+        )
+        if fast is not None and not (self.hook_attn_scores.needs_value or self.hook_pattern.needs_value):
+            self.hook_attn_scores.offer(scores_of)
+            self.hook_pattern.offer(pattern_of)
+            return fast
+        if decoders:
+            k, v = k.contiguous(), v.contiguous()  # as Hugging Face's always present cache lays them out
         scores = kernels.attention_scores(q, k, self.scale, *mask, uniform_dead_rows=eager)
         before = kernels.attention_pattern(scores)
-        seen, touched_scores = self.hook_attn_scores.look(scores)
+        seen, touched_scores = self.hook_attn_scores.look(scores, scores_of)
         after = kernels.attention_pattern(seen) if touched_scores else before
-        after, touched_pattern = self.hook_pattern.look(after)
+        after, touched_pattern = self.hook_pattern.look(after, None if touched_scores else pattern_of)
         if fast is None:
             return kernels.mix_values(after, v)
         if not (touched_scores or touched_pattern):
@@ -159,9 +166,10 @@ class Attention(nn.Module):
     def output(self, z: Heads) -> Stream:
         """What the heads' mixtures add to the stream."""
         out = self.o_proj(z.reshape(*z.shape[:-2], -1))
-        if not self.hook_result.live:
+        if not self.hook_result.needs_value:
+            self.hook_result.offer(lambda: derived.result(z, self.o_proj.weight))
             return out
-        before = einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
+        before = derived.per_head(z, self.W_O)
         after, touched = self.hook_result.look(before)
         return splice(out, after.sum(-2) + self.b_O, before, after, over=2) if touched else out
 

@@ -6,12 +6,14 @@ somebody listens.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llava_lens import kernels
+from llava_lens import derived, kernels
 from llava_lens.config import TowerConfig
 from llava_lens.hooks import Hook, splice
 
@@ -40,12 +42,20 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Stream) -> Stream:
         normalized, mean_square = kernels.rms_norm_parts(x, self.eps)
-        if self.hook_scale.live:
+        touched = False
+        if self.hook_scale.needs_value:
             scale = mean_square.sqrt()
             seen, touched = self.hook_scale.look(scale)
             if touched:
                 normalized = splice(normalized, kernels.upcast(x) / seen, scale, seen)
-        return self.weight * self.hook_normalized(normalized.to(x.dtype))
+        else:
+            self.hook_scale.offer(lambda: derived.norm("scale", x, self.eps, False))
+        normalized = normalized.to(x.dtype)
+        if touched or self.hook_normalized.needs_value:
+            normalized = self.hook_normalized(normalized)
+        else:
+            self.hook_normalized.offer(lambda: derived.norm("normalized", x, self.eps, False))
+        return self.weight * normalized
 
 
 class LayerNorm(RMSNorm):
@@ -64,11 +74,16 @@ class LayerNorm(RMSNorm):
         out = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         if not (self.hook_scale.live or self.hook_normalized.live):
             return out
+        scale_of, normalized_of = (partial(derived.norm, kind, x, self.eps, True) for kind in ("scale", "normalized"))
+        if not (self.hook_scale.needs_value or self.hook_normalized.needs_value):
+            self.hook_scale.offer(scale_of)
+            self.hook_normalized.offer(normalized_of)
+            return out
         centered, scale = kernels.layer_norm_parts(x, self.eps)
         before = (centered / scale).to(x.dtype)
-        seen, touched_scale = self.hook_scale.look(scale)
+        seen, touched_scale = self.hook_scale.look(scale, scale_of)
         after = (centered / seen).to(x.dtype) if touched_scale else before
-        after, touched = self.hook_normalized.look(after)
+        after, touched = self.hook_normalized.look(after, None if touched_scale else normalized_of)
         if not (touched or touched_scale):
             return out
         return splice(out, after * self.weight + self.bias, before, after)
