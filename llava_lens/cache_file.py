@@ -151,7 +151,9 @@ def load_cache(
             names = [*(name for name in there if ":" not in name), *recipes]
             if names_filter is not None:
                 names = chosen(model, names_filter, names)
-            parts = [part for name in names for part in ([name] if name not in recipes else parts_of(name, recipes[name]))]
+            parts = [
+                part for name in names for part in ([name] if name not in recipes else parts_of(name, recipes[name]))
+            ]
             held = {stored: file.get_tensor(stored).to(device) for stored in {there[name] for name in [*parts, *given]}}
     except SafetensorError as error:
         raise LensError(f"{path} is not a safetensors file, or was cut off: {error}") from error
@@ -203,7 +205,9 @@ def read_manifest(text: str | None, path: Any) -> dict[str, Any]:
         raise LensError(f"{path} is a safetensors file, but no cache: LlavaCache.save did not write it")
     facts = json.loads(text)
     if facts["version"] not in READ:
-        raise LensError(f"{path} has cache format {facts['version']}; this release reads {' and '.join(map(str, READ))}")
+        raise LensError(
+            f"{path} has cache format {facts['version']}; this release reads {' and '.join(map(str, READ))}"
+        )
     return {"recipes": {}} | facts
 
 

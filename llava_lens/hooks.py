@@ -42,6 +42,7 @@ class Hook(HookPoint):
     """
 
     recorder: Any = None
+    # what changes at every firing is written to `__dict__`, past nn.Module's slow bookkeeping
 
     def __init__(self, axes: str):
         super().__init__()
@@ -111,8 +112,13 @@ class Hook(HookPoint):
 
         Not a hook of torch's: registering one at every place of a large model takes as long as a short forward.
         """
-        before, self.__dict__["recorder"] = self.recorder, recorder  # past nn.Module's slow bookkeeping
+        before, self.__dict__["recorder"] = self.recorder, recorder
         return before
+
+    def remove_hooks(self, *args: Any, **kwargs: Any) -> None:
+        """Take functions off, as in TransformerLens."""
+        if self._heard:
+            super().remove_hooks(*args, **kwargs)
 
     def layer(self) -> int:
         """The block this hook sits in, in either tower; raises for a hook outside the blocks."""
@@ -125,11 +131,11 @@ class Hook(HookPoint):
         if not (self._forward_hooks or self._backward_hooks or self._forward_pre_hooks or self.recorder is not None):
             return x
         y = self._fire(x)
-        self._shown = (None, None)
+        self.__dict__["_shown"] = (None, None)
         return y
 
     def _fire(self, x: Tensor) -> Tensor:
-        self.fired += 1
+        self.__dict__["fired"] += 1
         y = self._through_torch(x) if self._heard else x.view_as(x) if self.recorder.wants_grad else x
         if self.recorder is not None:
             self.recorder(y, hook=self)
@@ -155,7 +161,7 @@ class Hook(HookPoint):
     def offer(self, recipe: Callable[[], Any]) -> None:
         """Hand the recipe of a value that is not formed to the listeners, who all must take recipes."""
         if self.live:
-            self.fired += 1
+            self.__dict__["fired"] += 1
             made = recipe()
             for listener in self._listeners():
                 listener(made, hook=self)

@@ -111,7 +111,7 @@ class Recorder:
             self.cuts.count(hook, length)
             rows = np.ravel(cut.indices(length)).tolist()
             recipe = recipe.cut(lambda source, axis: self._kept(source, hook, axis, source.dtype), rows)
-        recipe = replace(recipe, dtype=self.dtype)
+        recipe = recipe if self.dtype is None else replace(recipe, dtype=self.dtype)
         held = sum(source.nbytes for source in recipe.sources.values())
         if not self.everything and held > recipe.nbytes:
             return recipe.form(hook.name or "").to(device=self.device)

@@ -197,7 +197,8 @@ def places(what: str, given: Places, length: int, name: str) -> list[int] | None
         return None
     if isinstance(given, slice):
         return list(range(length))[given]
-    numbers = [operator.index(each) for each in ([given] if _one(given) else cast(Sequence[int], given))]
+    many = cast(Sequence[int], [given] if _one(given) else given)
+    numbers = [operator.index(each) for each in many]
     wrong = next((number for number in numbers if not -length <= number < length), None)
     if wrong is not None:
         raise LensError(f"{what} {wrong} of {name!r}; expected {-length} … {length - 1}")
@@ -236,6 +237,9 @@ class Prefixed(MutableMapping[str, Tensor]):
 
     def __delitem__(self, name: str) -> None:
         del self.entries[self.prefix + name]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.prefix + name in self.entries
 
     def __iter__(self) -> Iterator[str]:
         return (name.removeprefix(self.prefix) for name in self.entries if name.startswith(self.prefix))

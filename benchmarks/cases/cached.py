@@ -52,7 +52,8 @@ def with_outputs(hf: Any, inputs: Inputs) -> tuple[Tensor, Iterable[Tensor]]:
 def values(run: Callable[..., tuple[Tensor, Any]], *args: Any) -> tuple[Tensor, Iterable[Tensor]]:
     """A cache's tensors."""
     logits, cache = run(*args)
-    return logits, list(cache.cache_dict.values())
+    own = getattr(cache.cache_dict, "tensors", cache.cache_dict.values)  # what is held, with nothing formed for it
+    return logits, list(own())
 
 
 def keep(settings: Settings) -> Found:
