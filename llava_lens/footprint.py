@@ -38,11 +38,11 @@ class Footprint:
     def __init__(self, model: Any, inputs: Inputs, sizes: Sizes, cuts: Cuts, dtype: torch.dtype | None):
         self.model, self.inputs, self.sizes, self.cuts, self.dtype = model, inputs, sizes, cuts, dtype
 
-    def total(self, asked: Iterable[Hook], everything: bool) -> int:
-        """Bytes of all the memory, each piece once; with `everything` whatever can be a recipe is one."""
+    def total(self, asked: Iterable[Hook]) -> int:
+        """Bytes of all the memory, each piece once, for hooks in the order in which they fire."""
         pieces: dict[tuple[Any, ...], int] = {}
         for hook in asked:
-            pieces |= dict(self._recipe(hook, everything) if _is_lazy(hook) else [self._entry(hook)])
+            pieces |= dict(self._recipe(hook, pieces) if _is_lazy(hook) else [self._entry(hook)])
         return sum(pieces.values())
 
     def with_gradients(self, asked: Iterable[Hook]) -> int:
@@ -71,15 +71,12 @@ class Footprint:
         which = None if axis is None else self.cuts.of(hook)[0]
         return Piece((name, which, axis, dtype), size * dtype.itemsize)
 
-    def _recipe(self, hook: Hook, everything: bool) -> Iterator[Piece]:
-        """The sources of a recipe, or the value where that is smaller."""
+    def _recipe(self, hook: Hook, held: Mapping[tuple[Any, ...], int]) -> list[Piece]:
+        """The sources of a recipe, or the value where that is smaller than what is not held already."""
         formed = self._entry(hook)
-        if not formed.nbytes:
-            return iter(())
-        sources = list(self._sources(hook))
-        if not everything and sum(piece.nbytes for piece in sources) > formed.nbytes:
-            return iter([formed])
-        return iter(sources)
+        sources = list(self._sources(hook)) if formed.nbytes else []
+        own = sum(piece.nbytes for piece in sources if piece.key not in held)
+        return [formed] if own > formed.nbytes else sources
 
     def _sources(self, hook: Hook) -> Iterator[Piece]:
         name, axis = hook.name or "", self._axis(hook)

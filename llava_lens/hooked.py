@@ -118,8 +118,7 @@ class HookedModel(HookedRootModule):
         asked = self.hook_names(names_filter)
         if pos_slice is not None and "hook_logits" in asked and _cuts(model_kwargs.get("logits_to_keep", 0)):
             raise LensError("pos_slice and logits_to_keep both cut hook_logits: give one of them, or leave it out")
-        everything = names_filter is None and dtype is None and pos_slice is None and vision_pos_slice is None
-        record = Recorder(Cuts(pos_slice, vision_pos_slice), device, dtype, incl_bwd, everything)
+        record = Recorder(Cuts(pos_slice, vision_pos_slice), device, dtype, incl_bwd)
         runs = self.n_runs
         with (
             self.hooks(reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts),
@@ -170,11 +169,10 @@ class HookedModel(HookedRootModule):
         elsewhere exact, on the model's own device and with no hook that edits. Raises as `run_with_cache` does.
         """
         inputs = self.read_inputs(*model_args, **model_kwargs)
-        everything = names_filter is None and dtype is None and pos_slice is None and vision_pos_slice is None
-        cuts = Cuts(pos_slice, vision_pos_slice)
-        hooks = map(self.hook, self.hook_names(names_filter))
+        cuts, asked = Cuts(pos_slice, vision_pos_slice), set(self.hook_names(names_filter))
+        hooks = [self.hook(name) for name in self.hook_dict if name in asked]  # in the order of the forward
         held = Footprint(self, inputs, self.axis_sizes(inputs), cuts, dtype)
-        return held.with_gradients(hooks) if incl_bwd else held.total(hooks, everything)
+        return held.with_gradients(hooks) if incl_bwd else held.total(hooks)
 
     def axis_sizes(self, inputs: Inputs) -> dict[str, dict[str, int]]:
         """How long each hook axis is in a run of `inputs`, by the hooks' prefix; a subclass adds its own axes."""

@@ -69,9 +69,9 @@ HANDED_ON = ("vision.hook_pixels", "hook_logits", "vision.hook_class_embed", "vi
 class Recorder:
     """A hook function that only reads: it files activations under their names; a second firing raises `LensError`.
 
-    What the forward did not form is filed as a recipe, or formed at once where that takes less memory; with
-    `everything` never the latter, because the sources are filed anyway. A tensor that passes several hooks of a block
-    (`resid_post`, then the next `resid_pre`) is cut and moved once.
+    What the forward did not form is filed as a recipe, or formed at once where that takes less memory than the sources
+    that are not filed already. A tensor that passes several hooks of a block (`resid_post`, then the next `resid_pre`)
+    is cut and moved once.
     """
 
     only_reads = True
@@ -82,11 +82,11 @@ class Recorder:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         incl_bwd: bool = False,
-        everything: bool = False,
     ):
         self.cuts, self.device, self.dtype, self.wants_grad = cuts, device, dtype, incl_bwd
-        self.takes_recipes, self.everything = not incl_bwd, everything
+        self.takes_recipes = not incl_bwd
         self.stored = Entries()
+        self._filed: set[int] = set()
         self._sources: dict[str, tuple[Tensor, Hook]] = {}
         self._moves = device is not None or dtype is not None
         self._block = ""
@@ -99,7 +99,12 @@ class Recorder:
         if isinstance(act, Derived):
             self.stored[hook.name] = self._recipe(act, hook)  # type: ignore[assignment]
             return
-        self.stored[hook.name] = self._kept(act.detach() if act.requires_grad else act, hook, self.cuts.axis(hook))
+        axis = self.cuts.axis(hook)
+        kept = self._kept(act.detach() if act.requires_grad else act, hook, axis)
+        self.stored[hook.name] = kept
+        self._filed.add(kept.data_ptr())
+        if self._moves and self.dtype is None and (axis is None or self.cuts.of(hook)[1].mode == "identity"):
+            self._filed.add(act.data_ptr())  # filed on another device
         if self.wants_grad and act.requires_grad:
             self._sources[hook.name] = (act, hook)
 
@@ -112,9 +117,10 @@ class Recorder:
             rows = np.ravel(cut.indices(length)).tolist()
             recipe = recipe.cut(lambda source, axis: self._kept(source, hook, axis, source.dtype), rows)
         recipe = recipe if self.dtype is None else replace(recipe, dtype=self.dtype)
-        held = sum(source.nbytes for source in recipe.sources.values())
-        if not self.everything and held > recipe.nbytes:
+        own = [source for source in recipe.sources.values() if source.data_ptr() not in self._filed]
+        if own and sum(source.nbytes for source in own) > recipe.nbytes:
             return recipe.form(hook.name or "").to(device=self.device)
+        self._filed.update(source.data_ptr() for source in own)
         if self.device is None:
             return recipe
         return recipe.map(lambda source: self._kept(source, hook, None, source.dtype))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from random_models import example, hf_llava
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -79,7 +80,8 @@ def near(got: torch.Tensor, expected: torch.Tensor) -> None:
 def test_what_is_formed_is_what_the_forward_forms_to_the_bit(given):
     cache, seen = run(*given), case(*given)[2]
     assert set(cache) == set(seen)
-    assert {n for n in cache if n.endswith(LAZY)} == set(lazy_names(cache))
+    alone = {"vision.ln_pre.hook_scale"}  # no entry holds the stream that it comes from, and a column is smaller
+    assert {n for n in cache if n.endswith(LAZY)} - alone == set(lazy_names(cache))
     for name, act in seen.items():
         assert torch.equal(cache[name], act) and cache[name].dtype == act.dtype, name
         assert cache.shape(name) == act.shape
@@ -440,8 +442,9 @@ def test_everything_of_the_7b_fits_in_three_and_a_half_gigabytes():
     text = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
     text |= dict(vocab_size=32064, max_position_embeddings=4096, model_type="llama")
     config = {"model_type": "llava", "vision_config": tower, "text_config": text, "image_token_index": 32000}
+    cfg = LlavaConfig.from_hf(transformers.LlavaConfig(**config))
     with torch.device("meta"):
-        model = HookedLlava(LlavaConfig.from_hf(type(hf_llava().config)(**config))).to(torch.bfloat16)
+        model = HookedLlava(cfg).to(torch.bfloat16)
     tokens = torch.tensor([[1, *[32000] * 576, *range(100, 139)]])
     inputs = Inputs(tokens, torch.zeros(1, 3, 336, 336, dtype=torch.bfloat16))
     assert tokens.shape[1] == 616
