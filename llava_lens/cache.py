@@ -1,7 +1,8 @@
 """The activations of one forward pass, by TransformerLens's keys, for both towers.
 
 Unusual: nothing is guessed. A key that is not there raises and says why, a decoder key never finds the tower's entry,
-and a sum without its embedding is refused instead of being short.
+and a sum without its embedding is refused instead of being short. Scores, patterns, results and normalized streams are
+formed when asked for, and let go of with the next one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformer_lens.utilities import Slice
 
 from llava_lens.cache_file import load_cache, save_cache
+from llava_lens.entries import Entries, Held, once
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
 from llava_lens.keys import DecoderBlockKey, DecoderKey, Norm, NormKey, TowerBlockKey, TowerKey
@@ -101,7 +103,8 @@ class LlavaCache(StackCache):
         asked: frozenset[str] | None = None,
         kept: tuple[int, ...] | None = None,
     ):
-        super().__init__(cache_dict, model, has_batch_dim)
+        entries = cache_dict if isinstance(cache_dict, Entries) else Entries(cache_dict)
+        super().__init__(entries, model, has_batch_dim)
         self.inputs = inputs
         self.has_image_dim = has_image_dim
         self.asked = asked
@@ -124,8 +127,12 @@ class LlavaCache(StackCache):
         return self._find(key)
 
     def __repr__(self) -> str:
-        size = sum(act.nbytes for act in self.cache_dict.values())
-        return f"LlavaCache({len(self.cache_dict)} activations, {size / 2**20:.1f} MiB, {self.inputs})"
+        return f"LlavaCache({len(self.cache_dict)} activations, {self.nbytes / 2**20:.1f} MiB, {self.inputs})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory held: shared memory counts once, an entry that is still to be formed by its sources."""
+        return self.cache_dict.nbytes
 
     @property
     def vision(self) -> VisionCache:
@@ -156,13 +163,15 @@ class LlavaCache(StackCache):
     # ---- axes: the decoder's first one counts prompts, the tower's and the projector's count images
 
     def _batch_size(self) -> int:
-        sizes = [len(act) for name, act in self.cache_dict.items() if not name.startswith(BY_IMAGE)]
-        return sizes[0] if sizes else self.inputs.batch_size if self.inputs is not None else 1
+        name = next((name for name in self.cache_dict if not name.startswith(BY_IMAGE)), None)
+        if name is not None:
+            return self.shape(name)[0]
+        return self.inputs.batch_size if self.inputs is not None else 1
 
     def _n_images(self) -> int:
         if not self.has_image_dim:
             return 1
-        return next((len(act) for name, act in self.cache_dict.items() if name.startswith(BY_IMAGE)), 0)
+        return next((self.shape(name)[0] for name in self.cache_dict if name.startswith(BY_IMAGE)), 0)
 
     def remove_batch_dim(self, batch_size: int | None = None) -> LlavaCache:
         """Take the batch axis off in place; the tower keeps its image axis unless there is one image.
@@ -175,18 +184,15 @@ class LlavaCache(StackCache):
                 f"a batch of {n}; only a batch of 1 can lose its axis (apply_slice_to_batch_dim(row) picks one)"
             )
         if self.has_batch_dim:
-            for name, act in self.cache_dict.items():
-                if not name.startswith(BY_IMAGE):
-                    self.cache_dict[name] = act[0]
+            self.cache_dict.change(lambda name, held: held if name.startswith(BY_IMAGE) else _first(held))
             self.has_batch_dim = False
         if self._n_images() == 1:
             self._drop_image_dim()
         return self
 
     def _drop_image_dim(self) -> None:
-        for name, act in self.cache_dict.items():
-            if self.has_image_dim and name.startswith(BY_IMAGE):
-                self.cache_dict[name] = act[0]
+        if self.has_image_dim:
+            self.cache_dict.change(lambda name, held: _first(held) if name.startswith(BY_IMAGE) else held)
         self.has_image_dim = False
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> LlavaCache:
@@ -205,13 +211,18 @@ class LlavaCache(StackCache):
         if not rows:
             raise LensError(f"rows {cut.slice} of a batch of {n}: there are none")
         images = self._images_of(rows, n)
-        kept = {
-            name: act[images] if name.startswith(BY_IMAGE) else cut.apply(act, dim=0)
-            for name, act in self.cache_dict.items()
-        }
+        of_image, of_row = once(lambda act: act[images]), once(lambda act: cut.apply(act, dim=0))
+        single = cut.mode == "int"
+
+        def chosen(name: str, held: Held) -> Held:
+            by_image = name.startswith(BY_IMAGE)
+            pick = of_image if by_image else of_row
+            return pick(held) if isinstance(held, Tensor) else held.map(pick, batched=by_image or not single)
+
+        kept = Entries({name: chosen(name, held) for name, held in self.cache_dict.held().items()})
         inputs = None if self.inputs is None else rows_of(self.inputs, rows, images)
-        cache = LlavaCache(kept, self.model, cut.mode != "int", inputs, True, self.asked, self.kept)
-        if cut.mode == "int" and len(images) == 1:
+        cache = LlavaCache(kept, self.model, not single, inputs, True, self.asked, self.kept)
+        if single and len(images) == 1:
             cache._drop_image_dim()
         return cache
 
@@ -255,6 +266,10 @@ class LlavaCache(StackCache):
         asked = None if facts["asked"] is None else frozenset(facts["asked"])
         kept = None if facts["kept"] is None else tuple(facts["kept"])
         return cls(entries, model, facts["has_batch_dim"], inputs, facts["has_image_dim"], asked, kept)
+
+
+def _first(held: Held) -> Held:
+    return held[0] if isinstance(held, Tensor) else held.map(lambda source: source[0], batched=False)
 
 
 def rows_of(inputs: Inputs, rows: list[int], images: list[int]) -> Inputs:

@@ -1,7 +1,7 @@
 """A cache on disk: one safetensors file, with a manifest that knows which model and which inputs it belongs to.
 
 Unusual: the file appears whole or not at all, and tensors that share memory are written once and shared again on
-loading.
+loading. What is still to be formed stays so: its sources are written, and the name and digest of the weight it takes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -18,12 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llava_lens.derived import Derived, identity
+from llava_lens.entries import Entries, Held
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
-from llava_lens.record import identity
 from llava_lens.roles import Roles
 
-MANIFEST, VERSION = "llava_lens_cache", 1
+MANIFEST, VERSION, READ = "llava_lens_cache", 2, (1, 2)
+"""Where the manifest is, the format written, and those that are read: files of format 1 hold every entry formed."""
 INPUTS = "inputs:"
 """Prefix of the inputs' tensors; no hook name contains a colon."""
 
@@ -38,7 +41,8 @@ def save_cache(cache: Any, path: str | os.PathLike[str]) -> None:
     inputs = cache.inputs
     parts = {INPUTS + name: getattr(inputs, name, None) for name in ("tokens", "pixels", "attention_mask")}
     given = {name: tensor for name, tensor in parts.items() if tensor is not None}
-    tensors, aliases = distinct({**cache.cache_dict, **given})
+    entries, recipes = plain(cache)
+    tensors, aliases = distinct({**entries, **given})
     facts = {
         "version": VERSION,
         "model": passport(cache.model),
@@ -46,10 +50,41 @@ def save_cache(cache: Any, path: str | os.PathLike[str]) -> None:
         "has_image_dim": cache.has_image_dim,
         "kept": cache.kept,
         "aliases": aliases,
+        "recipes": recipes,
         "asked": None if cache.asked is None else sorted(cache.asked),
         "roles": [r.to_json() for r in inputs.roles] if inputs is not None and inputs.roles is not None else None,
     }
     write_whole(tensors, {MANIFEST: json.dumps(facts, ensure_ascii=False)}, Path(os.path.realpath(path)))
+
+
+def plain(cache: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A cache's tensors, sources of recipes behind them as `name:role`, and for each recipe what else it takes.
+
+    A weight that is the model's is only named. Raises `LensError` for a recipe that cannot be formed any more.
+    """
+    held = cache.cache_dict.held()
+    parameters = {identity(p): name for name, p in cache.model.named_parameters()}
+    tensors = {name: act for name, act in held.items() if isinstance(act, Tensor)}
+    recipes: dict[str, Any] = {}
+    for name, recipe in held.items():
+        if not isinstance(recipe, Derived):
+            continue
+        recipe.check(name)
+        named = {role: parameters.get(identity(weight)) for role, weight in recipe.weights.items()}
+        own = {role: weight for role, weight in recipe.weights.items() if named[role] is None}
+        tensors |= {f"{name}:{role}": tensor for role, tensor in (recipe.sources | own).items()}
+        recipes[name] = {
+            "kind": recipe.kind,
+            "facts": recipe.facts,
+            "dtype": None if recipe.dtype is None else str(recipe.dtype).removeprefix("torch."),
+            "batched": recipe.batched,
+            "sources": list(recipe.sources),
+            "weights": {
+                role: {"name": named[role], "digest": digest([w]), "dtype": str(w.dtype).removeprefix("torch.")}
+                for role, w in recipe.weights.items()
+            },
+        }
+    return tensors, recipes
 
 
 def distinct(entries: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -89,7 +124,7 @@ def write_whole(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path
 class Loaded(NamedTuple):
     """What a file holds: a cache's entries, the inputs of its run, and the manifest's other facts."""
 
-    entries: dict[str, Tensor]
+    entries: Entries
     inputs: Inputs | None
     facts: dict[str, Any]
 
@@ -112,17 +147,47 @@ def load_cache(
             facts = read_manifest((file.metadata() or {}).get(MANIFEST), path)
             check_passport(facts["model"], passport(model), path, any_weights)
             there = {name: name for name in file.keys()} | facts["aliases"]  # noqa: SIM118
-            given = [name for name in there if name.startswith(INPUTS)]
-            names = [name for name in there if not name.startswith(INPUTS)]
+            given, recipes = [name for name in there if name.startswith(INPUTS)], facts["recipes"]
+            names = [*(name for name in there if ":" not in name), *recipes]
             if names_filter is not None:
                 names = chosen(model, names_filter, names)
-            held = {stored: file.get_tensor(stored).to(device) for stored in {there[name] for name in [*names, *given]}}
+            parts = [
+                part for name in names for part in ([name] if name not in recipes else parts_of(name, recipes[name]))
+            ]
+            held = {stored: file.get_tensor(stored).to(device) for stored in {there[name] for name in [*parts, *given]}}
     except SafetensorError as error:
         raise LensError(f"{path} is not a safetensors file, or was cut off: {error}") from error
     if names_filter is not None:
         facts["asked"] = None
     inputs = read_inputs({name: held[there[name]] for name in given}, facts["roles"])
-    return Loaded({name: held[there[name]] for name in names}, inputs, facts)
+    tensors, weights = {name: held[there[name]] for name in parts}, dict(model.named_parameters())
+    entries: dict[str, Held] = {
+        name: recipe_of(name, recipes[name], tensors, weights) if name in recipes else tensors[name] for name in names
+    }
+    return Loaded(Entries(entries), inputs, facts)
+
+
+def parts_of(name: str, recipe: dict[str, Any]) -> list[str]:
+    """The names that a recipe's tensors have in a file."""
+    own = [role for role, weight in recipe["weights"].items() if weight["name"] is None]
+    return [f"{name}:{role}" for role in (*recipe["sources"], *own)]
+
+
+def recipe_of(name: str, facts: dict[str, Any], tensors: dict[str, Tensor], weights: dict[str, Any]) -> Derived:
+    """A recipe with the tensors of the file and the weights of the model; broken where those are not the run's."""
+    found, broken = {}, None
+    for role, saved in facts["weights"].items():
+        if saved["name"] is None:
+            found[role] = tensors[f"{name}:{role}"]
+            continue
+        weight, dtype = weights[saved["name"]].detach(), getattr(torch, saved["dtype"])
+        same = digest([weight]) == saved["digest"] and dtype.itemsize <= weight.dtype.itemsize
+        if not same:
+            broken = f"this model's {saved['name']} is not the one of the run ({saved['dtype']})"
+        found[role] = weight.to(dtype)
+    sources = {role: tensors[f"{name}:{role}"] for role in facts["sources"]}
+    dtype = None if facts["dtype"] is None else getattr(torch, facts["dtype"])
+    return Derived(facts["kind"], sources, found, facts["facts"], dtype, facts["batched"], broken)
 
 
 def chosen(model: Any, names_filter: Any, there: list[str]) -> list[str]:
@@ -139,9 +204,11 @@ def read_manifest(text: str | None, path: Any) -> dict[str, Any]:
     if text is None:
         raise LensError(f"{path} is a safetensors file, but no cache: LlavaCache.save did not write it")
     facts = json.loads(text)
-    if facts["version"] != VERSION:
-        raise LensError(f"{path} has cache format {facts['version']}; this release reads {VERSION}")
-    return facts
+    if facts["version"] not in READ:
+        raise LensError(
+            f"{path} has cache format {facts['version']}; this release reads {' and '.join(map(str, READ))}"
+        )
+    return {"recipes": {}} | facts
 
 
 def read_inputs(tensors: dict[str, Tensor], roles: list[str] | None) -> Inputs | None:
@@ -178,8 +245,13 @@ def weights_digest(model: torch.nn.Module, per_weight: int = 64) -> str:
 
     Rounding first makes it the same in every precision a checkpoint is loaded in.
     """
+    return digest((weight for _, weight in sorted(model.named_parameters())), per_weight)
+
+
+def digest(weights: Iterable[Tensor], per_weight: int = 64) -> str:
+    """The digest of some weights, as `weights_digest`."""
     samples = [
         weight.detach().reshape(-1)[:: max(1, weight.numel() // per_weight)][:per_weight].to(torch.bfloat16)
-        for _, weight in sorted(model.named_parameters())
+        for weight in weights
     ]
     return hashlib.sha256(torch.cat(samples).view(torch.int16).cpu().numpy().tobytes()).hexdigest()[:16]

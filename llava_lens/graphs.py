@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from llava_lens.facts import WHOLE, carry, tell, tell_written
+from llava_lens.hooks import Hook
 from llava_lens.inputs import Inputs
 from llava_lens.kv_cache import KVCache, Room
 from llava_lens.rotary import REACH
@@ -64,12 +65,14 @@ class Watch:
         modules = list(model.modules())
         kinds = ("_forward_hooks", "_forward_pre_hooks")  # gradients are off, so nothing fires backward
         self.listeners = [getattr(module, kind) for module in modules for kind in kinds]
+        self.hooks = [module for module in modules if isinstance(module, Hook)]
         self.places = [(held, key) for m in modules for held in (m._parameters, m._buffers) for key in held]
         self.attentions = [module for module in modules if hasattr(module, "implementation")]
 
     def is_heard(self) -> bool:
         """Whether any module has a listener."""
-        return any(self.listeners) or bool(_has_any_global_hook())
+        recorded = any(hook.recorder is not None for hook in self.hooks)
+        return recorded or any(self.listeners) or bool(_has_any_global_hook())
 
     def weights(self) -> list[tuple[int, int] | None]:
         """Where each weight lies, and how often it was edited."""

@@ -16,9 +16,10 @@ from transformer_lens import HookedRootModule
 
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError, UnknownHook, nearest
+from llava_lens.footprint import Footprint, axis_sizes
 from llava_lens.hooks import Hook
 from llava_lens.inputs import Inputs
-from llava_lens.record import Cuts, Recorder, axis_sizes, kept_dtype, kept_numel
+from llava_lens.record import Cuts, Recorder
 
 HookFn = Callable[..., Any]
 HookName = str | Callable[[str], bool]
@@ -108,7 +109,8 @@ class HookedModel(HookedRootModule):
         `pos_slice` cuts decoder positions, `vision_pos_slice` tower positions. With `incl_bwd` the scalar output, or
         `metric(output)`, is differentiated and gradients are kept under `name + "_grad"`; no weight's `.grad` is
         touched. Values derived for listeners (scores, pattern, result, scale) then lie on the path, which may move the
-        output by rounding. `return_cache_object=False` gives a plain dict.
+        output by rounding. Without it they are kept as recipes and formed when asked for, unless a hook wrote them or
+        they take less memory formed. `return_cache_object=False` gives the cache's dict.
 
         Raises `UnknownHook` for a name without a hook, or that did not fire in this run; `LensError` for a slice that
         keeps no position, and for `incl_bwd` without a scalar or a graph.
@@ -116,14 +118,21 @@ class HookedModel(HookedRootModule):
         asked = self.hook_names(names_filter)
         if pos_slice is not None and "hook_logits" in asked and _cuts(model_kwargs.get("logits_to_keep", 0)):
             raise LensError("pos_slice and logits_to_keep both cut hook_logits: give one of them, or leave it out")
-        record = Recorder(Cuts(pos_slice, vision_pos_slice), device, dtype, incl_bwd, owned=self.parameters())
-        each = [names_filter or (lambda _: True)] if names_filter is None or callable(names_filter) else asked
-        listeners = [(name, record) for name in each]
-        with self.hooks(listeners, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts):
+        record = Recorder(Cuts(pos_slice, vision_pos_slice), device, dtype, incl_bwd)
+        runs = self.n_runs
+        with (
+            self.hooks(reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts),
+            self._recording(record, asked),
+        ):
             self.is_caching = True
             out = self(*model_args, **model_kwargs)
             if incl_bwd:
                 record.differentiate(metric(out) if metric else out)
+        each = names_filter is not None and not callable(names_filter)
+        silent = [name for name in asked if name not in record.stored]
+        if silent and self.n_runs > runs and (each or not record.stored):
+            shown = ", ".join(map(repr, silent if each else silent[:1]))
+            raise UnknownHook(f"{shown} never fired: {self.why_silent(silent[0])}")
         inputs, self.inputs_seen = self.inputs_seen, None
         kept = record.cuts.positions(inputs.n_pos) if inputs is not None else None
         if inputs is not None:
@@ -132,6 +141,16 @@ class HookedModel(HookedRootModule):
         if remove_batch_dim:
             cache.remove_batch_dim()
         return out, cache if return_cache_object else cache.cache_dict
+
+    @contextmanager
+    def _recording(self, record: Recorder, names: list[str]) -> Iterator[None]:
+        hooks = [self.hook(name) for name in names]
+        before = [hook.record(record) for hook in hooks]
+        try:
+            yield
+        finally:
+            for hook, recorder in zip(hooks, before, strict=True):
+                hook.record(recorder)
 
     def cache_bytes(
         self,
@@ -145,18 +164,15 @@ class HookedModel(HookedRootModule):
     ) -> int:
         """Bytes that `run_with_cache` with these arguments would keep, without running.
 
-        The sum of every entry's `nbytes`; a tensor kept under two names (`resid_post` and the next `resid_pre`) counts
-        twice though it lies in memory once. With `incl_bwd` it is exact if every weight requires a gradient, else an
-        upper bound. Raises as `run_with_cache` does.
+        What lies under two names (`resid_post` and the next `resid_pre`) counts once, a recipe by the tensors that are
+        held for it; forming an entry later takes its own memory while it is used. With `incl_bwd` it is an upper bound,
+        elsewhere exact, on the model's own device and with no hook that edits. Raises as `run_with_cache` does.
         """
         inputs = self.read_inputs(*model_args, **model_kwargs)
-        sizes, cuts = self.axis_sizes(inputs), Cuts(pos_slice, vision_pos_slice)
-        total = 0
-        for hook in map(self.hook, self.hook_names(names_filter)):
-            kept = dtype or kept_dtype(hook, self.cfg.dtype, inputs)
-            copies = 2 if incl_bwd and hook.name != "vision.hook_pixels" else 1
-            total += kept_numel(hook, sizes, cuts) * kept.itemsize * copies
-        return total
+        cuts, asked = Cuts(pos_slice, vision_pos_slice), set(self.hook_names(names_filter))
+        hooks = [self.hook(name) for name in self.hook_dict if name in asked]  # in the order of the forward
+        held = Footprint(self, inputs, self.axis_sizes(inputs), cuts, dtype)
+        return held.with_gradients(hooks) if incl_bwd else held.total(hooks)
 
     def axis_sizes(self, inputs: Inputs) -> dict[str, dict[str, int]]:
         """How long each hook axis is in a run of `inputs`, by the hooks' prefix; a subclass adds its own axes."""

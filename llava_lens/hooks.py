@@ -2,7 +2,8 @@
 
 A `Hook` hands every listener that may write a private copy, so an in-place edit changes what lies downstream and
 never the tensors upstream of it (nor the entries a cache has already stored). Functions that promise to only read
-carry `only_reads = True` (see `reader`) and are shown the tensor itself.
+carry `only_reads = True` (see `reader`) and are shown the tensor itself. Those that carry `takes_recipes = True` too
+are handed a recipe (`llava_lens.derived`) in the place of a value that the forward need not form.
 """
 
 from __future__ import annotations
@@ -37,8 +38,11 @@ class Hook(HookPoint):
     """A named place in the forward pass where a tensor with known axes can be read or replaced.
 
     `axes` are the jaxtyping axis names of what passes through, `"batch pos d_model"` for instance.
-    The name is the attribute path, set by `HookedRootModule.setup`.
+    The name is the attribute path, set by `HookedRootModule.setup`. `recorder` listens last.
     """
+
+    recorder: Any = None
+    # what changes at every firing is written to `__dict__`, past nn.Module's slow bookkeeping
 
     def __init__(self, axes: str):
         super().__init__()
@@ -54,12 +58,32 @@ class Hook(HookPoint):
     @property
     def live(self) -> bool:
         """True when anything listens, forward or backward."""
+        return self._heard or self.recorder is not None
+
+    @property
+    def _heard(self) -> bool:
         return bool(self._forward_hooks or self._backward_hooks or self._forward_pre_hooks)
+
+    @property
+    def takes_recipes(self) -> bool:
+        """True when every listener takes a recipe for a value: none of them edits, and none asks for a gradient."""
+        if self._backward_hooks or self._forward_pre_hooks or len(self._forward_hooks) != len(self.fwd_hooks):
+            return False
+        return all(getattr(listener, "takes_recipes", False) for listener in self._listeners())
+
+    @property
+    def needs_value(self) -> bool:
+        """True when somebody listens whom no recipe satisfies."""
+        return self.live and not self.takes_recipes
+
+    def _listeners(self) -> list[Any]:
+        listeners = [handle.user_hook for handle in self.fwd_hooks]
+        return listeners if self.recorder is None else [*listeners, self.recorder]
 
     @property
     def wants_grad(self) -> bool:
         """True when a listener asked for the gradient at this very place."""
-        return bool(self._backward_hooks) or any(getattr(h.user_hook, "wants_grad", False) for h in self.fwd_hooks)
+        return bool(self._backward_hooks) or any(getattr(each, "wants_grad", False) for each in self._listeners())
 
     @property
     def may_write(self) -> bool:
@@ -78,10 +102,23 @@ class Hook(HookPoint):
         @wraps(fn)
         def guarded(act: Tensor, hook: Any) -> Any:
             out = fn(act, hook=hook)
-            shared = isinstance(out, Tensor) and out is not act and len(self._forward_hooks) > 1
+            shared = isinstance(out, Tensor) and out is not act and len(self._listeners()) > 1
             return out.clone() if shared else out  # a later in-place edit must not reach a tensor of the user's
 
         return guarded  # type: ignore[return-value]
+
+    def record(self, recorder: Any) -> Any:
+        """Let `recorder(act, hook)`, which only reads, listen last; returns the one it takes the place of.
+
+        Not a hook of torch's: registering one at every place of a large model takes as long as a short forward.
+        """
+        before, self.__dict__["recorder"] = self.recorder, recorder
+        return before
+
+    def remove_hooks(self, *args: Any, **kwargs: Any) -> None:
+        """Take functions off, as in TransformerLens."""
+        if self._heard:
+            super().remove_hooks(*args, **kwargs)
 
     def layer(self) -> int:
         """The block this hook sits in, in either tower; raises for a hook outside the blocks."""
@@ -91,14 +128,20 @@ class Hook(HookPoint):
         return int(match.group(1))
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not (self._forward_hooks or self._backward_hooks or self._forward_pre_hooks):
+        if not (self._forward_hooks or self._backward_hooks or self._forward_pre_hooks or self.recorder is not None):
             return x
         y = self._fire(x)
-        self._shown = (None, None)
+        self.__dict__["_shown"] = (None, None)
         return y
 
     def _fire(self, x: Tensor) -> Tensor:
-        self.fired += 1
+        self.__dict__["fired"] += 1
+        y = self._through_torch(x) if self._heard else x.view_as(x) if self.recorder.wants_grad else x
+        if self.recorder is not None:
+            self.recorder(y, hook=self)
+        return y
+
+    def _through_torch(self, x: Tensor) -> Tensor:
         y = super().__call__(x)
         if not isinstance(y, Tensor) or y.shape != x.shape:
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
@@ -115,12 +158,24 @@ class Hook(HookPoint):
         self._shown = (copy, None if copy.is_inference() else copy._version)
         return copy
 
-    def look(self, x: Tensor) -> tuple[Tensor, bool]:
+    def offer(self, recipe: Callable[[], Any]) -> None:
+        """Hand the recipe of a value that is not formed to the listeners, who all must take recipes."""
+        if self.live:
+            self.__dict__["fired"] += 1
+            made = recipe()
+            for listener in self._listeners():
+                listener(made, hook=self)
+
+    def look(self, x: Tensor, recipe: Callable[[], Any] | None = None) -> tuple[Tensor, bool]:
         """Show a *derived* value, one that the fast path does not need: `(what came back, was it touched)`.
 
         Touched means that a listener returned another tensor, edited in place, or asked for the gradient here; then
         the forward must go on from what came back. Otherwise it must not, so that looking never changes a bit.
+        Listeners who all take recipes get `recipe`, where there is one, in the value's place.
         """
+        if recipe is not None and not self.needs_value:
+            self.offer(recipe)
+            return x, False
         if not self.live:
             return x, False
         y = self._fire(x)

@@ -6,20 +6,21 @@ somebody listens, and are spliced back into the forward only where a listener ch
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llava_lens import kernels
+from llava_lens import derived, kernels
 from llava_lens.config import DecoderConfig, TowerConfig, activation
 from llava_lens.hooks import Hook, splice
 from llava_lens.kv_cache import KVCache
 from llava_lens.norms import Stream
 from llava_lens.packing import Packed
-from llava_lens.regions import Region, show
+from llava_lens.regions import Region
 from llava_lens.rotary import Angles
 
 Heads = Float[Tensor, "batch pos head d_head"]
@@ -74,12 +75,7 @@ class Attention(nn.Module):
     def mix(self, x: Stream, mask: Mask, angles: Angles | None = None, past: KVCache | None = None) -> Heads:
         """Each head's mixture of values."""
         q, k, v = self.project(x, angles)
-        if past is not None:
-            z = past.attend(self, q, k, v, mask)
-        else:
-            if angles is not None and self.implementation == "eager":
-                k, v = k.contiguous(), v.contiguous()  # as Hugging Face's always present cache lays them out
-            z = self.attend(q, k, v, mask)
+        z = self.attend(q, k, v, mask) if past is None else past.attend(self, q, k, v, mask)
         return self.hook_z(z.transpose(1, 2).contiguous())
 
     def project(self, x: Stream, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,12 +90,14 @@ class Attention(nn.Module):
     def _project_as_one(self, x: Stream, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
         heads = self._split(self.packed(x))
         q, k, v = heads.split(self.shares, dim=2)
-        for hook, part in ((self.hook_q, q), (self.hook_k, k), (self.hook_v, v)):
-            show(hook, part)
+        for hook, part in ((self.hook_q, q), (self.hook_k, k)):
+            if hook.live:
+                hook(part if angles is None else part.clone())  # what is shown stays, what is here is rotated in place
+        self.hook_v(v)
         if angles is not None:
             kernels.rotate_(heads[:, :, : -self.shares[2]], *angles)
-            show(self.hook_rot_q, q)
-            show(self.hook_rot_k, k)
+            self.hook_rot_q(q)
+            self.hook_rot_k(k)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     @property
@@ -121,11 +119,22 @@ class Attention(nn.Module):
         fast = None if eager else kernels.attention(q, k, v, self.scale, *mask)
         if fast is not None and not (self.hook_attn_scores.live or self.hook_pattern.live):
             return fast
+        decoders = eager and hasattr(self, "hook_rot_k")
+        how = dict(uniform=eager, contiguous=decoders)
+        scores_of, pattern_of = (
+            partial(derived.attention, kind, q, k, self.scale, *mask, **how) for kind in ("scores", "pattern")
+        )
+        if fast is not None and not (self.hook_attn_scores.needs_value or self.hook_pattern.needs_value):
+            self.hook_attn_scores.offer(scores_of)
+            self.hook_pattern.offer(pattern_of)
+            return fast
+        if decoders:
+            k, v = k.contiguous(), v.contiguous()  # as Hugging Face's always present cache lays them out
         scores = kernels.attention_scores(q, k, self.scale, *mask, uniform_dead_rows=eager)
         before = kernels.attention_pattern(scores)
-        seen, touched_scores = self.hook_attn_scores.look(scores)
+        seen, touched_scores = self.hook_attn_scores.look(scores, scores_of)
         after = kernels.attention_pattern(seen) if touched_scores else before
-        after, touched_pattern = self.hook_pattern.look(after)
+        after, touched_pattern = self.hook_pattern.look(after, None if touched_scores else pattern_of)
         if fast is None:
             return kernels.mix_values(after, v)
         if not (touched_scores or touched_pattern):
@@ -135,9 +144,10 @@ class Attention(nn.Module):
     def output(self, z: Heads) -> Stream:
         """What the heads' mixtures add to the stream."""
         out = self.o_proj(z.reshape(*z.shape[:-2], -1))
-        if not self.hook_result.live:
+        if not self.hook_result.needs_value:
+            self.hook_result.offer(lambda: derived.result(z, self.o_proj.weight))
             return out
-        before = einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
+        before = derived.per_head(z, self.W_O)
         after, touched = self.hook_result.look(before)
         return splice(out, after.sum(-2) + self.b_O, before, after, over=2) if touched else out
 
@@ -238,8 +248,8 @@ class GatedMLP(MLP):
     def hidden(self, x: Stream) -> Float[Tensor, "batch pos d_mlp"]:
         if self.neurons.open(x, self.gate_proj.weight):
             gate, up = self.packed(x).chunk(2, dim=-1)
-            show(self.hook_pre, gate)
-            show(self.hook_pre_linear, up)
+            self.hook_pre(gate)
+            self.hook_pre_linear(up)
             return self.hook_post(kernels.swiglu(gate, up) if self.cfg.act_fn == "silu" else self.act(gate) * up)
         pre = self.hook_pre(self.gate_proj(x))
         pre_linear = self.hook_pre_linear(self.in_proj(x))
@@ -281,13 +291,13 @@ class Block(nn.Module):
         self.mlp_sum = Region(self.hook_mlp_out, usual=usual, packed=self.mlp.out)
 
     def forward(self, x: Stream, mask: Mask, angles: Angles | None = None, past: KVCache | None = None) -> Stream:
-        if self.attn.o_proj.bias is None or not self.sum_and_norm.open(x, self.attn.o_proj.weight):
+        if not self.adds_in_norm(x, self.attn.o_proj.weight):
             return self.second_half(self.first_half(x, mask, angles, past), own=True)
         x = self.hook_resid_pre(x)
         out = self.hook_attn_out(self.attn(self.ln1(self.hook_attn_in(x)), mask, angles, past))
         x, normed = self.ln2.after_adding(x, out)
-        self.hook_mlp_in(self.hook_resid_mid(x))
-        return self._add_neurons(x, normed)
+        x = self.hook_mlp_in(self.hook_resid_mid(x))
+        return self._add_neurons(x, self.ln2.told(x, normed))
 
     def first_half(self, x: Stream, mask: Mask, angles: Angles | None = None, past: KVCache | None = None) -> Stream:
         """The stream with the attention's output added."""
@@ -297,7 +307,7 @@ class Block(nn.Module):
             return x + self.hook_attn_out(self.attn(normed, mask, angles, past))
         z = self.attn.mix(normed, mask, angles, past)
         if self.heads_sum.live:
-            self.hook_attn_out(self.attn.output(z))
+            self._show_heads(z)
         return self.attn.out.add(x, z.flatten(-2))
 
     def second_half(self, x: Stream, own: bool = False) -> Stream:
@@ -309,10 +319,27 @@ class Block(nn.Module):
         if not self.mlp_sum.open(x, self.mlp.out_proj.weight):
             return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(normed)))
         post = self.mlp.hidden(normed)
-        if self.hook_mlp_out.live:
-            self.hook_mlp_out(self.mlp.out_proj(post))
+        self._show_sum(self.hook_mlp_out, post, self.mlp.out_proj)
         spend = own and x.is_cuda and not any(hook.live for hook in self.held)
         return self.hook_resid_post(self.mlp.out.add(x, post, spend))
+
+    def _show_heads(self, z: Heads) -> None:
+        if self.attn.hook_result.needs_value:
+            self.hook_attn_out(self.attn.output(z))
+        else:
+            self.attn.hook_result.offer(lambda: derived.result(z, self.attn.o_proj.weight))
+            self._show_sum(self.hook_attn_out, z, self.attn.o_proj)
+
+    def _show_sum(self, hook: Hook, values: Tensor, linear: nn.Linear) -> None:
+        """Show what is added inside a product, beside it."""
+        if hook.needs_value:
+            hook(linear(values.flatten(2)))
+        else:
+            hook.offer(lambda: derived.linear(values, linear.weight, linear.bias))
+
+    def adds_in_norm(self, *tensors: Tensor) -> bool:
+        """Whether the attention's output, which has a bias, is added in one step with the norm behind it."""
+        return self.attn.o_proj.bias is not None and self.sum_and_norm.open(*tensors)
 
     @property
     def held(self) -> tuple[Hook, ...]:

@@ -6,12 +6,14 @@ somebody listens.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llava_lens import kernels
+from llava_lens import derived, kernels
 from llava_lens.config import TowerConfig
 from llava_lens.hooks import Hook, splice
 from llava_lens.regions import Region
@@ -42,25 +44,37 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Stream) -> Stream:
         if self.norm.open(x, self.weight):
-            return self._shown(x, *kernels.rms_norm(x, self.weight, self.eps))
+            out, _ = kernels.rms_norm(x, self.weight, self.eps)
+            return self.told(x, out)
         normalized, mean_square = kernels.rms_norm_parts(x, self.eps)
-        if self.hook_scale.live:
+        touched = False
+        if self.hook_scale.needs_value:
             scale = mean_square.sqrt()
             seen, touched = self.hook_scale.look(scale)
             if touched:
                 normalized = splice(normalized, kernels.upcast(x) / seen, scale, seen)
-        return self.weight * self.hook_normalized(normalized.to(x.dtype))
+        else:
+            self.hook_scale.offer(lambda: derived.norm("scale", x, self.eps, False))
+        normalized = normalized.to(x.dtype)
+        if touched or self.hook_normalized.needs_value:
+            normalized = self.hook_normalized(normalized)
+        else:
+            self.hook_normalized.offer(lambda: derived.norm("normalized", x, self.eps, False))
+        return self.weight * normalized
 
     def after_adding(self, x: Stream, branch: Stream) -> tuple[Stream, Stream]:
-        """The stream with a branch added, and its norm, in one step; only where nobody writes inside."""
-        total, out, scale = kernels.add_rms_norm(x, branch, self.weight, self.eps)
-        return total, self._shown(total, out, scale)
+        """The stream with a branch added, and its norm, in one step, of which nobody is told; `told` does that."""
+        total, out, _ = kernels.add_rms_norm(x, branch, self.weight, self.eps)
+        return total, out
 
-    def _shown(self, x: Stream, out: Stream, scale: Float[Tensor, "batch pos 1"]) -> Stream:
-        if self.hook_scale.live:
-            self.hook_scale(scale)
-        if self.hook_normalized.live:
-            self.hook_normalized((kernels.upcast(x) / scale).to(x.dtype))
+    def told(self, x: Stream, out: Stream) -> Stream:
+        """The norm's output after listeners were told what is inside; where nobody may write."""
+        for kind, hook in (("scale", self.hook_scale), ("normalized", self.hook_normalized)):
+            recipe_of = partial(derived.norm, kind, x, self.eps, False)
+            if hook.needs_value:
+                hook(recipe_of().form())
+            else:
+                hook.offer(recipe_of)
         return out
 
 
@@ -77,21 +91,25 @@ class LayerNorm(RMSNorm):
         return self.bias
 
     def forward(self, x: Stream) -> Stream:
-        return self._told(x, F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps))
+        return self.told(x, F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps))
 
     def after_adding(self, x: Stream, branch: Stream) -> tuple[Stream, Stream]:
-        total, out = kernels.add_layer_norm(x, branch, self.weight, self.bias, self.eps)
-        return total, self._told(total, out)
+        return kernels.add_layer_norm(x, branch, self.weight, self.bias, self.eps)
 
-    def _told(self, x: Stream, out: Stream) -> Stream:
+    def told(self, x: Stream, out: Stream) -> Stream:
         """The norm's output after listeners have seen, and perhaps changed, what is inside."""
         if not (self.hook_scale.live or self.hook_normalized.live):
             return out
+        scale_of, normalized_of = (partial(derived.norm, kind, x, self.eps, True) for kind in ("scale", "normalized"))
+        if not (self.hook_scale.needs_value or self.hook_normalized.needs_value):
+            self.hook_scale.offer(scale_of)
+            self.hook_normalized.offer(normalized_of)
+            return out
         centered, scale = kernels.layer_norm_parts(x, self.eps)
         before = (centered / scale).to(x.dtype)
-        seen, touched_scale = self.hook_scale.look(scale)
+        seen, touched_scale = self.hook_scale.look(scale, scale_of)
         after = (centered / seen).to(x.dtype) if touched_scale else before
-        after, touched = self.hook_normalized.look(after)
+        after, touched = self.hook_normalized.look(after, None if touched_scale else normalized_of)
         if not (touched or touched_scale):
             return out
         return splice(out, after * self.weight + self.bias, before, after)

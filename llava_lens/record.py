@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformer_lens.utilities import Slice
 
+from llava_lens.derived import Derived, identity
+from llava_lens.entries import Entries
 from llava_lens.errors import LensError
 from llava_lens.hooks import Hook
-from llava_lens.inputs import Inputs
 
 TOWER = "vision."
 BY_IMAGE = (TOWER, "projector.")
@@ -52,9 +53,8 @@ class Cuts:
             raise LensError(f"{which} {cut.slice} selects nothing there is: {hook.name!r} has {length} positions")
         return count
 
-    def __call__(self, act: Tensor, hook: Hook) -> Tensor:
-        """An activation's kept positions, as a copy where anything is cut."""
-        axis = self.axis(hook)
+    def along(self, act: Tensor, axis: int | None, hook: Hook) -> Tensor:
+        """The kept positions of a tensor, which lie on `axis`, as a copy; the tensor itself where nothing is cut."""
         _, cut = self.of(hook)
         if axis is None or cut.mode == "identity":
             return act
@@ -62,15 +62,25 @@ class Cuts:
         return cut.apply(act, dim=axis).clone()
 
 
-HANDED_ON = ("vision.hook_pixels", "hook_logits")
-"""Hooks whose tensors are the caller's, before or after the run: a cache holds copies of them."""
+HANDED_ON = ("vision.hook_pixels", "hook_logits", "vision.hook_class_embed", "vision.hook_pos_embed")
+"""Hooks whose tensors are the caller's before or after the run, or the weights': a cache holds copies of them."""
+
+
+SHARED = ("vision.hook_features", "projector.hook_in")
+"""Hooks whose tensors lie in the memory of another entry."""
+
+
+def part_of_more(act: Tensor, hook: Hook) -> bool:
+    """Whether a tensor is a part of a larger product, which would be held whole for its sake."""
+    return act.dtype != torch.bool and act.nbytes < act.untyped_storage().nbytes() and hook.name not in SHARED
 
 
 class Recorder:
     """A hook function that only reads: it files activations under their names; a second firing raises `LensError`.
 
-    A tensor that passes several hooks in a row (`resid_post`, then the next `resid_pre`) is cut and moved once.
-    `owned` are storages that outlive the run, the weights': what lies in them is copied.
+    What the forward did not form is filed as a recipe, or formed at once where that takes less memory than the sources
+    that are not filed already. A tensor that passes several hooks of a block (`resid_post`, then the next `resid_pre`)
+    is cut and moved once.
     """
 
     only_reads = True
@@ -81,32 +91,77 @@ class Recorder:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         incl_bwd: bool = False,
-        owned: Iterable[Tensor] = (),
     ):
         self.cuts, self.device, self.dtype, self.wants_grad = cuts, device, dtype, incl_bwd
-        self.owned = {tensor.untyped_storage().data_ptr() for tensor in owned}
-        self.stored: dict[str, Tensor] = {}
+        self.takes_recipes = not incl_bwd
+        self.stored = Entries()
+        self._filed: set[int] = set()
+        self._lent: set[int] = set()
         self._sources: dict[str, tuple[Tensor, Hook]] = {}
-        self._last: tuple[Tensor, Hook, Tensor] | None = None
+        self._moves = device is not None or dtype is not None
+        self._block = ""
+        self._recent: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._masks: dict[Any, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, act: Tensor, hook: Any) -> None:
+    def __call__(self, act: Tensor | Derived, hook: Any) -> None:
         if hook.name in self.stored:
             raise LensError(f"{hook.name!r} fired twice in one run; a cache keeps one forward pass")
-        self.stored[hook.name] = self._kept(act.detach(), hook)
+        if isinstance(act, Derived):
+            self.stored[hook.name] = self._recipe(act, hook)  # type: ignore[assignment]
+            return
+        axis = self.cuts.axis(hook)
+        kept = self._kept(act.detach() if act.requires_grad else act, hook, axis)
+        self.stored[hook.name] = kept
+        self._filed.add(kept.data_ptr())
+        if kept is not act and self.dtype is None and (axis is None or self.cuts.of(hook)[1].mode == "identity"):
+            self._lent.add(act.data_ptr())  # filed on another device, or in memory of its own
         if self.wants_grad and act.requires_grad:
             self._sources[hook.name] = (act, hook)
 
-    def _kept(self, act: Tensor, hook: Hook) -> Tensor:
-        if self._last is not None:
-            source, before, kept = self._last
-            tower = hook.name.startswith(TOWER) == before.name.startswith(TOWER)  # type: ignore[union-attr]
-            if same_tensor(source, act) and hook.axes == before.axes and tower:
-                return kept
-        kept = self.cuts(act, hook).to(device=self.device, dtype=self.dtype)
-        if hook.name in HANDED_ON or kept.untyped_storage().data_ptr() in self.owned:
-            kept = kept.clone(memory_format=torch.contiguous_format)
-        self._last = (act, hook, kept)
-        return kept
+    def _recipe(self, recipe: Derived, hook: Hook) -> Derived | Tensor:
+        """The recipe of the kept positions on the device asked for, or what it says."""
+        _, cut = self.cuts.of(hook)
+        if cut.mode != "identity":
+            length = recipe.shape[self.cuts.axis(hook) or 0]
+            self.cuts.count(hook, length)
+            rows = np.ravel(cut.indices(length)).tolist()
+            recipe = recipe.cut(lambda source, axis: self._kept(source, hook, axis, source.dtype), rows)
+        recipe = recipe if self.dtype is None else replace(recipe, dtype=self.dtype)
+        filed = self._filed | self._lent
+        own = [source for source in recipe.sources.values() if source.data_ptr() not in filed]
+        if own and sum(source.nbytes for source in own) > recipe.nbytes:
+            return recipe.form(hook.name or "").to(device=self.device)
+        self._filed.update(source.data_ptr() for source in own)
+        if self.device is None and not any(part_of_more(source, hook) for source in recipe.sources.values()):
+            return recipe
+        return recipe.map(lambda source: self._kept(source, hook, None, source.dtype))
+
+    def _kept(self, act: Tensor, hook: Hook, axis: int | None, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor cut along an axis (None where nothing is cut), moved and converted, once for all who ask."""
+        which, cut = self.cuts.of(hook)
+        axis = None if cut.mode == "identity" else axis
+        if hook.name in HANDED_ON:
+            kept = self.cuts.along(act, axis, hook).to(device=self.device, dtype=self.dtype)
+            return kept.clone(memory_format=torch.contiguous_format)
+        if axis is None and not self._moves and not part_of_more(act, hook):
+            return act
+        dtype = dtype or self.dtype or act.dtype
+        memo, key = self._memo(act, hook), (identity(act), None if axis is None else (which, axis), dtype)
+        if key not in memo:
+            kept = self.cuts.along(act, axis, hook).to(device=self.device, dtype=dtype)
+            memo[key] = act, kept.clone(memory_format=torch.contiguous_format) if part_of_more(kept, hook) else kept
+        return memo[key][1]
+
+    def _memo(self, act: Tensor, hook: Hook) -> dict[Any, tuple[Tensor, Tensor]]:
+        """What was cut or moved in this block, and the last thing before it; masks are the whole run's."""
+        if act.dtype == torch.bool:
+            return self._masks
+        match = re.match(r"(vision\.)?blocks\.\d+", hook.name or "")
+        block = match[0] if match else ""
+        if block != self._block:
+            self._block, self._recent = block, dict(list(self._recent.items())[-1:])
+            self._lent &= {source.data_ptr() for source, _ in self._recent.values()}
+        return self._recent
 
     def differentiate(self, value: Any) -> None:
         """File the gradients of a scalar under `name + "_grad"`; no weight's `.grad` is touched."""
@@ -119,58 +174,7 @@ class Recorder:
         grads = torch.autograd.grad(value.sum(), sources, allow_unused=True)
         for (name, (_, hook)), grad in zip(self._sources.items(), grads, strict=True):
             if grad is not None:
-                self.stored[name + "_grad"] = self.cuts(grad, hook).to(device=self.device, dtype=self.dtype)
+                self.stored[name + "_grad"] = self.cuts.along(grad, self.cuts.axis(hook), hook).to(
+                    device=self.device, dtype=self.dtype
+                )
         self._sources.clear()
-
-
-def identity(act: Tensor) -> tuple[Any, ...]:
-    """What two live tensors share exactly if they are one: device, address, shape, strides and dtype."""
-    return act.device, act.data_ptr(), tuple(act.shape), act.stride(), act.dtype
-
-
-def same_tensor(one: Tensor, other: Tensor) -> bool:
-    """True when both are the same numbers in the same memory."""
-    return identity(one) == identity(other)
-
-
-def axis_sizes(cfg: Any, inputs: Inputs) -> dict[str, dict[str, int]]:
-    """How long each axis is in a run of `inputs`, by the prefix of the hooks (`""` for the decoder)."""
-    tokens = inputs.n_pos
-    sizes = {"": _stack_sizes(cfg, inputs.batch_size, tokens) | {"d_vocab": cfg.d_vocab}}
-    if cfg.vision is not None and inputs.pixels is not None:
-        images, channel, height, width = inputs.pixels.shape
-        features = {"feature": cfg.vision.n_features, "d_features": cfg.vision.d_model * len(cfg.vision.feature_layers)}
-        picture = {"patch": cfg.vision.n_patches, "channel": channel, "height": height, "width": width}
-        sizes[TOWER] = _stack_sizes(cfg.vision, images, cfg.vision.n_ctx) | features | picture
-        sizes["projector."] = {"batch": images, "d_model": cfg.d_model} | features
-    return sizes
-
-
-def _stack_sizes(cfg: Any, batch: int, pos: int) -> dict[str, int]:
-    heads = {"head": cfg.n_heads, "kv_head": cfg.n_key_value_heads, "d_head": cfg.d_head}
-    widths = {"d_model": cfg.d_model, "d_mlp": cfg.d_mlp}
-    return {"batch": batch, "pos": pos, "query": pos, "key": pos, "1": 1} | heads | widths
-
-
-def kept_numel(hook: Hook, sizes: Mapping[str, Mapping[str, int]], cuts: Cuts) -> int:
-    """Numbers in one activation after the cut; 0 for a hook of a tower that the run does not enter."""
-    name, axes = hook.name or "", hook.axes.split()
-    lengths = sizes.get(next((prefix for prefix in BY_IMAGE if name.startswith(prefix)), ""))
-    if lengths is None:
-        return 0
-    unknown = [axis for axis in axes if axis not in lengths]
-    if unknown:
-        raise LensError(f"the axis {unknown[0]!r} of {name!r} has no known length; give it in axis_sizes")
-    shape = [lengths[axis] for axis in axes]
-    cut = cuts.axis(hook)
-    if cut is not None:
-        shape[cut] = cuts.count(hook, shape[cut])
-    return math.prod(shape)
-
-
-def kept_dtype(hook: Hook, model: torch.dtype, inputs: Inputs) -> torch.dtype:
-    """The dtype an activation has in a model of that dtype: norm scales are float32 or wider, pixels as given."""
-    name = hook.name or ""
-    if name.endswith("hook_pixels") and inputs.pixels is not None:
-        return inputs.pixels.dtype
-    return torch.float32 if name.endswith("hook_scale") and model != torch.float64 else model

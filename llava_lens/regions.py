@@ -43,8 +43,8 @@ class Region:
     @property
     def live(self) -> bool:
         """Whether anything listens inside."""
-        for hook in self.hooks:  # noqa: SIM110 (a generator and `Hook.live` would double what an idle region costs)
-            if hook._forward_hooks or hook._backward_hooks or hook._forward_pre_hooks:
+        for hook in self.hooks:
+            if hook._forward_hooks or hook._backward_hooks or hook._forward_pre_hooks or hook.recorder is not None:
                 return True
         return False
 
@@ -84,9 +84,3 @@ def regions_of(module: nn.Module) -> Iterator[tuple[str, Region]]:
         for name, value in vars(part).items():
             if isinstance(value, Region):
                 yield f"{prefix}.{name}" if prefix else name, value
-
-
-def show(hook: Hook, view: Tensor) -> None:
-    """Show part of a larger product to those who only read, as a tensor of its own."""
-    if hook.live:
-        hook(view.clone(memory_format=torch.contiguous_format))

@@ -5,20 +5,24 @@ from __future__ import annotations
 import inspect
 import operator
 import re
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import replace
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, SupportsIndex, TypeVar, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice, get_act_name
 
+from llava_lens.derived import pick
+from llava_lens.entries import Entries, Held, once
 from llava_lens.errors import LensError, UnknownHook, nearest
-from llava_lens.record import identity
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Cache = TypeVar("Cache", bound="StackCache")
+Places = SupportsIndex | Sequence[int] | slice | Tensor | None
 
 
 def checks_layer(method: Method) -> Method:
@@ -44,6 +48,7 @@ class StackCache(ActivationCache):
     """The activations of one stack of blocks, the decoder's or the tower's; use `LlavaCache` and its `.vision`."""
 
     model: Any
+    cache_dict: Any  # Entries, or a view of some
 
     def __init__(self, entries: MutableMapping[str, Tensor], model: Any, has_batch_dim: bool = True):
         super().__init__(cast(dict[str, Tensor], entries), model, has_batch_dim)
@@ -90,6 +95,48 @@ class StackCache(ActivationCache):
             raise UnknownHook(self._why_missing(key, name))
         return self.cache_dict[name]
 
+    def pattern(
+        self, layer: int, *, rows: Places = None, heads: Places = None, queries: Places = None, keys: Places = None
+    ) -> Float[Tensor, "..."]:
+        """Attention weights of some batch rows, heads, queries and keys; the rest is not formed for it.
+
+        `[batch, head, query, key]` without the axes of which a single number was given. Numbers count what was kept.
+        Equal to those places of `cache["pattern", layer]` up to rounding. Raises `LensError` for what is not there.
+        """
+        return self._part("pattern", layer, {"row": rows, "head": heads, "query": queries, "key": keys})
+
+    def scores(
+        self, layer: int, *, rows: Places = None, heads: Places = None, queries: Places = None, keys: Places = None
+    ) -> Float[Tensor, "..."]:
+        """Attention scores before the softmax, as `pattern`."""
+        return self._part("attn_scores", layer, {"row": rows, "head": heads, "query": queries, "key": keys})
+
+    def result(
+        self, layer: int, *, rows: Places = None, positions: Places = None, heads: Places = None
+    ) -> Float[Tensor, "..."]:
+        """What some heads add to the stream at some positions, `[batch, pos, head, d_model]`, as `pattern`."""
+        return self._part("result", layer, {"row": rows, "position": positions, "head": heads})
+
+    def _part(self, key: str, layer: int, where: dict[str, Places]) -> Tensor:
+        name = self.full_name((key, layer))
+        if name not in self.cache_dict:
+            raise UnknownHook(self._why_missing((key, layer), name))
+        held, shape = self.cache_dict.raw(name), self.cache_dict.shape(name)
+        if not self.has_batch_dim and where.pop("row") is not None:
+            raise LensError(f"rows of {name!r}: this cache has no batch axis")
+        chosen = {axis: places(axis, given, shape[i], name) for i, (axis, given) in enumerate(where.items())}
+        if isinstance(held, Tensor):
+            for i, index in enumerate(chosen.values()):
+                held = pick(held, i, index)
+        else:
+            names = {"row": "rows", "head": "heads", "query": "positions", "position": "positions", "key": "keys"}
+            held = held.part(**{names[axis]: index for axis, index in chosen.items()}, name=name)
+        return held[tuple(0 if _one(given) else slice(None) for given in where.values())]
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of an entry, by its full name; nothing is formed for it."""
+        return self.cache_dict.shape(name)
+
     def __contains__(self, key: Any) -> bool:
         try:
             return self.full_name(key) in self.cache_dict
@@ -129,19 +176,58 @@ class StackCache(ActivationCache):
         return batch_slice.apply(scale) if batch_slice is not None and self.has_batch_dim else scale
 
     def to(self: Cache, device: torch.device | str | torch.dtype) -> Cache:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Move every entry to a device (or to a dtype), in place; entries that share memory go on sharing it."""
-        moved: dict[Any, Tensor] = {}
-        sources = dict(self.cache_dict)
-        for name, act in sources.items():
-            self.cache_dict[name] = moved.setdefault(identity(act), act.to(device))
+        """Move every entry to a device (or to a dtype), in place; entries that share memory go on sharing it.
+
+        Entries that are still to be formed will be formed as in the run, and turned into the dtype then.
+        """
+        move = once(lambda act: act.to(device))
+
+        def moved(_: str, held: Held) -> Held:
+            if isinstance(held, Tensor):
+                return move(held)
+            return replace(held, dtype=device) if isinstance(device, torch.dtype) else held.map(move)
+
+        self.cache_dict.change(moved)
         return self
+
+
+def places(what: str, given: Places, length: int, name: str) -> list[int] | None:
+    """Numbers of places on an axis, counted from 0, None for all; raises `LensError` for one that is not there."""
+    if given is None:
+        return None
+    if isinstance(given, slice):
+        return list(range(length))[given]
+    many = cast(Sequence[int], [given] if _one(given) else given)
+    numbers = [operator.index(each) for each in many]
+    wrong = next((number for number in numbers if not -length <= number < length), None)
+    if wrong is not None:
+        raise LensError(f"{what} {wrong} of {name!r}; expected {-length} … {length - 1}")
+    return [number % length for number in numbers]
+
+
+def _one(given: Places) -> bool:
+    return isinstance(given, int) or (hasattr(given, "__index__") and getattr(given, "ndim", 0) == 0)
 
 
 class Prefixed(MutableMapping[str, Tensor]):
     """The entries of a dictionary whose names start with a prefix, without it; writing goes through."""
 
-    def __init__(self, entries: MutableMapping[str, Tensor], prefix: str):
+    def __init__(self, entries: Entries, prefix: str):
         self.entries, self.prefix = entries, prefix
+
+    def raw(self, name: str) -> Held:
+        """What is stored under a name, a tensor or a recipe."""
+        return self.entries.raw(self.prefix + name)
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of an entry, which is not formed for it."""
+        return self.entries.shape(self.prefix + name)
+
+    def change(self, fn: Callable[[str, Held], Held]) -> None:
+        """Put something else in the place of every entry."""
+        self.entries.change(
+            lambda name, held: fn(name.removeprefix(self.prefix), held) if name.startswith(self.prefix) else held
+        )
 
     def __getitem__(self, name: str) -> Tensor:
         return self.entries[self.prefix + name]
@@ -151,6 +237,9 @@ class Prefixed(MutableMapping[str, Tensor]):
 
     def __delitem__(self, name: str) -> None:
         del self.entries[self.prefix + name]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.prefix + name in self.entries
 
     def __iter__(self) -> Iterator[str]:
         return (name.removeprefix(self.prefix) for name in self.entries if name.startswith(self.prefix))

@@ -261,6 +261,13 @@ def test_pyright_checks_keys(tmp_path):
 # ---- size, place and shape
 
 
+def held(cache: Any) -> int:
+    """Bytes of the distinct memory behind what a cache keeps, nothing of it formed."""
+    storages = {act.untyped_storage().data_ptr(): act.untyped_storage() for act in cache.cache_dict.tensors()}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+DERIVED = ("hook_attn_scores", "hook_pattern", "hook_result", "hook_normalized", "hook_scale")
 SIZED = ["plain", "wide_grouped_heads", "full", "first_layer", "layer_list_full", "plain in bfloat16"]
 
 
@@ -279,17 +286,16 @@ def test_the_estimate_is_the_size(odd):
         for how in ({}, {"dtype": torch.float16}, {"pos_slice": (2, 9, 3), "vision_pos_slice": [0, 4]}):
             with torch.no_grad():
                 _, cache = model.run_with_cache(**inputs, names_filter=names_filter, **how)
-            real = sum(act.nbytes for act in cache.values())
-            assert model.cache_bytes(**inputs, names_filter=names_filter, **how) == real
+            assert model.cache_bytes(**inputs, names_filter=names_filter, **how) == held(cache) == cache.nbytes
 
 
 def test_the_estimate_knows_gradients_and_text():
     model, inputs = model_of("grouped"), run_of("grouped")[0]
     _, cache = model.run_with_cache(inputs, incl_bwd=True, return_type="loss")
-    assert model.cache_bytes(inputs, incl_bwd=True) == sum(act.nbytes for act in cache.values())
+    assert held(cache) <= model.cache_bytes(inputs, incl_bwd=True) <= sum(act.nbytes for act in cache.values())
     text = Inputs(inputs.tokens[:, -5:])
     with torch.no_grad():
-        assert model.cache_bytes(text) == sum(act.nbytes for act in model.run_with_cache(text)[1].values())
+        assert model.cache_bytes(text) == held(model.run_with_cache(text)[1])
     with pytest.raises(UnknownHook, match="nearest"):
         model.cache_bytes(text, names_filter="hook_embd")
 
@@ -304,7 +310,10 @@ def test_each_tower_is_cut_by_its_own_slice():
         if axis:
             kept = torch.arange(3) if name.startswith("vision.") else torch.tensor([act.shape[axes.index(axis)] - 1])
             act = act.index_select(axes.index(axis), kept)
-        assert torch.equal(cut[name], act), name
+        if name.endswith(DERIVED):  # formed from the rows that were kept: a smaller product may round otherwise
+            assert torch.allclose(cut[name], act, rtol=1e-5, atol=1e-5), name
+        else:
+            assert torch.equal(cut[name], act), name
     close(cut.decompose_resid().sum(0), whole["resid_post", -1][:, -1:])
     for how in ({"pos_slice": (90, 99)}, {"pos_slice": 90}, {"vision_pos_slice": [10]}, {"pos_slice": [-99]}):
         with (
@@ -341,7 +350,12 @@ def test_what_is_kept_does_not_follow_the_weights():
         parameters = {name: p.clone() for name, p in model.named_parameters()}
         for p in model.parameters():
             p.mul_(2)
-        assert all(torch.equal(act, before[name]) for name, act in cache.items())
+        for name in cache:
+            if name.endswith("hook_result"):  # formed when asked for, and from a weight that is no longer the run's
+                with pytest.raises(LensError, match=f"{name}.*the model's weight was edited in place after the run"):
+                    cache[name]
+            else:
+                assert torch.equal(cache[name], before[name])
         for name, p in model.named_parameters():
             p.copy_(parameters[name])
 
@@ -364,7 +378,7 @@ def test_remove_batch_dim_leaves_the_tower_its_images(images):
     assert cache.remove_batch_dim() is cache
     with torch.no_grad():
         plain = model_of().run_with_cache(cache.inputs, remove_batch_dim=True, return_cache_object=False)[1]
-    assert type(plain) is dict and torch.equal(plain["hook_embed"], cache["hook_embed"])
+    assert isinstance(plain, dict) and torch.equal(plain["hook_embed"], cache["hook_embed"])
 
 
 def test_several_rows_or_images_keep_their_axis():

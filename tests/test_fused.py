@@ -291,3 +291,12 @@ def test_what_cannot_be_packed_for_a_cpu_says_so(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(LensError, match=r"without oneDNN's packed products; use\('fused'\)"):
         model.to(torch.float32).optimize_for_cpu()
+
+
+@pytest.mark.parametrize("odd", ["plain", "grouped", "attention_bias", "wide_heads", "layer_list"])
+def test_the_bytes_of_a_cache_are_foretold_on_the_fused_path_too(odd):
+    _, fused = pair(odd)
+    inputs = inputs_for(odd)
+    for names in (None, "blocks.1.attn.hook_v", "blocks.0.attn.hook_pattern", lambda name: name.endswith("_out")):
+        _, cache = fused.run_with_cache(inputs, names_filter=names)
+        assert fused.cache_bytes(inputs, names_filter=names) == cache.nbytes, names

@@ -249,7 +249,7 @@ def test_only_what_is_read_must_be_kept(by: str, through: Any) -> None:
     names = attribution_names(model, by, through=through)
     kept = LlavaCache({n: full.cache_dict[n] for n in names}, model, inputs=full.inputs)
     ours, theirs = (tower_attribution(c, by=by, through=through) for c in (kept, full))
-    assert torch.equal(ours.values, theirs.values)
+    torch.testing.assert_close(ours.values, theirs.values)  # a pattern's row formed alone may round otherwise
     for name in names[:: max(1, len(names) // 8)]:
         less = LlavaCache({n: full.cache_dict[n] for n in names if n != name}, model, inputs=full.inputs)
         with pytest.raises(LensError, match=rf"lacks {name};.*attribution_names\(model, '{by}', through='{through}'\)"):

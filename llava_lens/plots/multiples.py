@@ -14,6 +14,7 @@ import torch
 from llava_lens.analysis.attribution.query import Place
 from llava_lens.analysis.scores import Scores
 from llava_lens.cache import LlavaCache
+from llava_lens.entries import Entries
 from llava_lens.errors import LensError
 from llava_lens.plots.canvas import new_figure, plain
 from llava_lens.plots.pictures import draw_picture, overlay, panel_size, picture_of
@@ -106,9 +107,11 @@ def attention_of(cache: LlavaCache, layer: int, position: int, row: int) -> tupl
     name = f"blocks.{layer}.attn.hook_pattern"
     if name not in cache:
         raise LensError(f"the cache lacks {name}; run with names_filter={name!r}, or without a filter")
-    if not 0 <= row < len(cache[name]):
-        raise LensError(f"row {row}; expected 0 … {len(cache[name]) - 1}")
-    alone = LlavaCache({"blocks.0.attn.hook_pattern": cache[name]}, cache.model, inputs=cache.inputs, kept=cache.kept)
+    n = cache.shape(name)[0]
+    if not 0 <= row < n:
+        raise LensError(f"row {row}; expected 0 … {n - 1}")
+    one = {"blocks.0.attn.hook_pattern": cache.cache_dict.raw(name)}
+    alone = LlavaCache(Entries(one), cache.model, inputs=cache.inputs, kept=cache.kept)
     place = Place(cache, row, Place.of(alone, row, position).query)
     roles = place.roles
     if roles is None:

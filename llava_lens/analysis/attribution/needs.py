@@ -114,7 +114,7 @@ def _fits(cache: LlavaCache, names: Iterable[str]) -> None:
             width |= {"d_features": cfg.vision.d_model * len(cfg.vision.feature_layers)}
         axes = cache.model.hook(name).axes.split()
         counted = cache.has_image_dim if name.startswith(BY_IMAGE) else cache.has_batch_dim
-        axes, shape = axes if counted else axes[1:], tuple(cache[name].shape)
+        axes, shape = axes if counted else axes[1:], tuple(cache.shape(name))
         if len(shape) != len(axes) or any(width.get(a, size) != size for a, size in zip(axes, shape, strict=True)):
             expected = ", ".join(f"{a} {width[a]}" if width.get(a, 1) != 1 else a for a in axes)
             raise LensError(

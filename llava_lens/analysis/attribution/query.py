@@ -40,7 +40,7 @@ class Place:
         Positions are the prompt's, also where the cache kept only some of them.
         """
         place = cls(cache, row, 0)
-        held, roles = place.entry(next(name for name in PER_POSITION if name in cache)).shape[-2], place.roles
+        held, roles = cache.shape(next(name for name in PER_POSITION if name in cache))[-2], place.roles
         n = held if roles is None else len(roles)
         position = whole("position", position, -n, n - 1)
         query = roles.last if roles is not None and position == -1 else position % n
@@ -78,7 +78,7 @@ class Place:
     def same_logit(self, token: int) -> None:
         """Raise `LensError` where a token's logit, read from the final stream, is not the cached one."""
         cache, model = self.cache, self.cache.model
-        if "hook_logits" not in cache or cache["hook_logits"].shape[-2] != cache[PER_POSITION[0]].shape[-2]:
+        if "hook_logits" not in cache or cache["hook_logits"].shape[-2] != cache.shape(PER_POSITION[0])[-2]:
             return
         final, held = self.at(self.n_layers - 1, "hook_resid_post"), self.entry("hook_logits")
         normed = final * (final.square().mean() + model.cfg.eps).rsqrt() * upcast(model.ln_final.w.detach()).to(final)
@@ -98,7 +98,8 @@ class Place:
 
     def pattern(self, layer: int) -> Float[Tensor, "head key"]:
         """The attention of the query in one layer."""
-        return upcast(self.entry(f"blocks.{layer}.attn.hook_pattern")[:, self.query])
+        row = self.row if self.cache.has_batch_dim else None
+        return upcast(self.cache.pattern(layer, rows=row, queries=self.query).detach())
 
     def values(self, layer: int) -> Float[Tensor, "head key d_head"]:
         """The value vectors, those of a group repeated for each of its heads."""
@@ -126,7 +127,7 @@ def rows_of(cache: LlavaCache, row: int | None) -> list[int]:
     """The rows to score: the given one, or all."""
     name = next((name for name in cache.cache_dict if name.startswith("blocks.")), None)
     size = 1 if cache.inputs is None else cache.inputs.batch_size
-    n = size if name is None else len(cache[name]) if cache.has_batch_dim else 1
+    n = size if name is None else cache.shape(name)[0] if cache.has_batch_dim else 1
     return list(range(n)) if row is None else [whole("row", row, -n, n - 1) % n]
 
 
