@@ -51,10 +51,13 @@ def exact_of(study):
 @pytest.mark.parametrize(
     ("name", "variants"),
     [
-        ("forward/prefill", 2 * ["hf sdpa", "hf eager", "transformer_lens", "llava_lens reference"]),
-        ("tower/encode", 2 * ["hf sdpa", "hf eager", "llava_lens reference"]),
-        ("decode/greedy", ["hf sdpa", "llava_lens reference"]),
-        ("patterns/last", ["hf eager", "transformer_lens", "llava_lens reference"]),
+        (
+            "forward/prefill",
+            2 * ["hf sdpa", "hf eager", "transformer_lens", "llava_lens reference", "llava_lens fused"],
+        ),
+        ("tower/encode", 2 * ["hf sdpa", "hf eager", "llava_lens reference", "llava_lens fused"]),
+        ("decode/greedy", ["hf sdpa", "llava_lens reference", "llava_lens fused"]),
+        ("patterns/last", ["hf eager", "transformer_lens", "llava_lens reference", "llava_lens fused"]),
     ],
 )
 def test_every_variant_finds_the_same(name, variants):
