@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llava_lens import kernels
 from llava_lens.config import TowerConfig
 from llava_lens.hooks import Hook, splice
-from llava_lens.regions import Region
+from llava_lens.regions import Region, any_gradient
 
 Stream = Float[Tensor, "batch pos d_model"]
 
@@ -53,6 +53,9 @@ class RMSNorm(nn.Module):
 
     def after_adding(self, x: Stream, branch: Stream) -> tuple[Stream, Stream]:
         """The stream with a branch added, and its norm, in one step; only where nobody writes inside."""
+        if any_gradient(x, branch, self.weight):
+            total = x + branch
+            return total, self(total)
         total, out, scale = kernels.add_rms_norm(x, branch, self.weight, self.eps)
         return total, self._shown(total, out, scale)
 
@@ -80,6 +83,9 @@ class LayerNorm(RMSNorm):
         return self._told(x, F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps))
 
     def after_adding(self, x: Stream, branch: Stream) -> tuple[Stream, Stream]:
+        if any_gradient(x, branch, self.weight, self.bias):
+            total = x + branch
+            return total, self(total)
         total, out = kernels.add_layer_norm(x, branch, self.weight, self.bias, self.eps)
         return total, self._told(total, out)
 
@@ -95,3 +101,9 @@ class LayerNorm(RMSNorm):
         if not (touched or touched_scale):
             return out
         return splice(out, after * self.weight + self.bias, before, after)
+
+
+def adds_as_it_norms(kind: type[nn.Module]) -> bool:
+    """Whether `after_adding` is of the class that the norm's `forward` is of, and so says the same."""
+    owners = [next((c for c in kind.__mro__ if name in vars(c)), None) for name in ("forward", "after_adding")]
+    return owners[0] is owners[1]
