@@ -117,10 +117,9 @@ def added_inside(model: Any) -> Iterator[tuple[str, str]]:
     stacks = {"": model.blocks} | ({TOWER: model.vision.blocks} if model.cfg.vision is not None else {})
     for prefix, blocks in stacks.items():
         for i, block in enumerate(blocks):
-            o_proj, out_proj = block.attn.o_proj, block.mlp.out_proj
-            if block.heads_sum.open(o_proj.weight) and not block.adds_in_norm(o_proj.weight):
+            if block.heads_sum.open() and not block.adds_in_norm():
                 yield f"{prefix}blocks.{i}.hook_attn_out", f"{prefix}blocks.{i}.attn.hook_z"
-            if block.mlp_sum.open(out_proj.weight):
+            if block.mlp_sum.open():
                 yield f"{prefix}blocks.{i}.hook_mlp_out", f"{prefix}blocks.{i}.mlp.hook_post"
 
 

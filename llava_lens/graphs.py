@@ -202,6 +202,9 @@ class WholeRoom(KVCache):
         """All places but one, so that the mask of a step covers the room."""
         return next(room.k.shape[2] for room in self.rooms if room is not None) - 1
 
+    def held_by(self, first: int, last: int) -> int:
+        return self.length
+
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write one new position at `column`; returns the whole room."""
         room = self.rooms[layer]

@@ -49,12 +49,32 @@ class KVCache:
         """Positions held, by any layer (a run that starts at a later one leaves the earlier ones empty)."""
         return next((entry[0].shape[2] for entry in self.entries if entry is not None), 0)
 
-    def extend_mask(self, mask: Tensor | None, new: Shaped[Tensor, "batch pos *width"]) -> Tensor | None:
-        """The mask `[batch, past + pos]`; one of the new positions alone, or None, goes behind the remembered one."""
+    def held_by(self, first: int, last: int) -> int:
+        """Positions held by every layer from `first` up to `last`. Raises `LensError` where a run broke off between."""
+        lengths = {0 if entry is None else entry[0].shape[2] for entry in self.entries[first:last]}
+        if len(lengths) > 1:
+            raise LensError(
+                f"layers {first} … {last - 1} of the cache hold {min(lengths)} to {max(lengths)} positions: a run "
+                "broke off, or left some out; start again with a new KVCache"
+            )
+        return lengths.pop() if lengths else self.length
+
+    def extend_mask(
+        self, mask: Tensor | None, new: Shaped[Tensor, "batch pos *width"], seen: int | None = None
+    ) -> Tensor | None:
+        """The mask `[batch, seen + pos]`; one of the new positions alone, or None, goes behind the remembered one.
+
+        `seen` is how many positions are held, `length` by default. What is remembered beyond them is of a run that
+        broke off, or of earlier layers that have seen the new positions already.
+        """
+        seen = self.length if seen is None else seen
         past, (batch, length) = self.attention_mask, new.shape[:2]
-        if self.length and not (mask is None and past is None) and (mask is None or mask.shape[1] == length):
+        if past is not None and past.shape[1] > seen:
+            mask = past[:, : seen + length] if mask is None and past.shape[1] >= seen + length else mask
+            past = past[:, :seen]
+        if seen and not (mask is None and past is None) and (mask is None or mask.shape[1] == length):
             if past is None:
-                past = mask.new_ones(batch, self.length)  # type: ignore[union-attr]
+                past = mask.new_ones(batch, seen)  # type: ignore[union-attr]
                 tell(past, WHOLE, True)
             mask = self._behind(past, mask, length)
         self.attention_mask = mask
@@ -72,7 +92,8 @@ class KVCache:
                 raise LensError(f"an attention_mask of {len(mask)} rows behind one of {len(past)}")
             room[:, start:stop] = mask
         shown = room[:, :stop]
-        tell(shown, WHOLE, whole)
+        if not (whole and shown.is_inference()):  # then no edit would end the fact
+            tell(shown, WHOLE, whole)
         self._seen = (room, shown)
         return shown
 

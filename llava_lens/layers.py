@@ -10,17 +10,18 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from llava_lens import derived, kernels
-from llava_lens.config import DecoderConfig, TowerConfig, activation
+from llava_lens.config import DecoderConfig, TowerConfig, activation, quick_gelu
 from llava_lens.hooks import Hook, splice
 from llava_lens.kv_cache import KVCache
-from llava_lens.norms import Stream
-from llava_lens.packing import Packed
-from llava_lens.regions import Region
+from llava_lens.norms import Stream, adds_as_it_norms
+from llava_lens.packing import Packed, is_called_plainly
+from llava_lens.regions import Region, any_gradient
 from llava_lens.rotary import Angles
 
 Heads = Float[Tensor, "batch pos head d_head"]
@@ -64,9 +65,10 @@ class Attention(nn.Module):
         self.hook_z = Hook("batch pos head d_head")
         self.hook_result = Hook("batch pos head d_model")
         rotated = (self.hook_rot_q, self.hook_rot_k) if isinstance(cfg, DecoderConfig) else ()
-        self.packed = Packed(self.q_proj, self.k_proj, self.v_proj)
-        self.qkv = Region(self.hook_q, self.hook_k, self.hook_v, *rotated, packed=self.packed)
-        self.out = Packed(self.o_proj)
+        self.packed = Packed(self, "q_proj", "k_proj", "v_proj")
+        usual = type(self).keys_and_values is Attention.keys_and_values
+        self.qkv = Region(self.hook_q, self.hook_k, self.hook_v, *rotated, usual=usual, packed=self.packed)
+        self.out = Packed(self, "o_proj")
 
     def forward(self, x: Stream, mask: Mask, angles: Angles | None = None, past: KVCache | None = None) -> Stream:
         """What the heads add to the stream."""
@@ -80,7 +82,7 @@ class Attention(nn.Module):
 
     def project(self, x: Stream, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, `[batch, head, pos, d_head]` each."""
-        if self.qkv.open(x, self.q_proj.weight):
+        if self.qkv.open(x):
             return self._project_as_one(x, angles)
         q = self.hook_q(self._split(self.q_proj(x))).transpose(1, 2)
         if angles is not None:
@@ -207,7 +209,7 @@ class MLP(nn.Module):
         self.hook_pre = Hook("batch pos d_mlp")
         self.hook_post = Hook("batch pos d_mlp")
         self.neurons = Region(self.hook_pre)
-        self.out = Packed(self.out_proj)
+        self.out = Packed(self, "out_proj")
 
     def forward(self, x: Stream) -> Stream:
         return self.out_proj(self.hidden(x))
@@ -215,7 +217,7 @@ class MLP(nn.Module):
     def hidden(self, x: Stream) -> Float[Tensor, "batch pos d_mlp"]:
         """The neurons' values."""
         pre = self.hook_pre(self.in_proj(x))
-        quick = self.cfg.act_fn == "quick_gelu" and self.neurons.open(pre)
+        quick = self.act is quick_gelu and self.neurons.open(pre)
         return self.hook_post(kernels.quick_gelu(pre) if quick else self.act(pre))
 
     @property
@@ -242,15 +244,15 @@ class GatedMLP(MLP):
         super().__init__(cfg)
         self.gate_proj = nn.Linear(cfg.d_model, cfg.d_mlp, bias=cfg.mlp_bias)
         self.hook_pre_linear = Hook("batch pos d_mlp")
-        self.packed = Packed(self.gate_proj, self.in_proj)
+        self.packed = Packed(self, "gate_proj", "in_proj")
         self.neurons = Region(self.hook_pre, self.hook_pre_linear, packed=self.packed)
 
     def hidden(self, x: Stream) -> Float[Tensor, "batch pos d_mlp"]:
-        if self.neurons.open(x, self.gate_proj.weight):
+        if self.neurons.open(x):
             gate, up = self.packed(x).chunk(2, dim=-1)
             self.hook_pre(gate)
             self.hook_pre_linear(up)
-            return self.hook_post(kernels.swiglu(gate, up) if self.cfg.act_fn == "silu" else self.act(gate) * up)
+            return self.hook_post(kernels.swiglu(gate, up) if self.act is F.silu else self.act(gate) * up)
         pre = self.hook_pre(self.gate_proj(x))
         pre_linear = self.hook_pre_linear(self.in_proj(x))
         return self.hook_post(self.act(pre) * pre_linear)
@@ -284,17 +286,24 @@ class Block(nn.Module):
         self.mlp = mlp(cfg)
         self.hook_mlp_out = Hook("batch pos d_model")
         self.hook_resid_post = Hook("batch pos d_model")
-        usual = type(self.attn).forward is Attention.forward and type(self.attn).output is Attention.output
-        self.heads_sum = Region(self.attn.hook_result, self.hook_attn_out, usual=usual, packed=self.attn.out)
-        self.sum_and_norm = Region(*self.heads_sum.hooks, *self.held, usual=usual and hasattr(self.ln2, "after_adding"))
+        self.heads_sum = Region(
+            self.attn.hook_result, self.hook_attn_out, packed=self.attn.out, owner=self, around=("attn",)
+        )
+        usual = (type(self).first_half, type(self).second_half) == (Block.first_half, Block.second_half)
+        usual = usual and adds_as_it_norms(type(self.ln2))
+        self.sum_and_norm = Region(*self.heads_sum.hooks, *self.held, usual=usual, owner=self, around=("attn", "ln2"))
         usual = type(self.mlp).forward is MLP.forward
-        self.mlp_sum = Region(self.hook_mlp_out, usual=usual, packed=self.mlp.out)
+        self.mlp_sum = Region(
+            self.hook_mlp_out, usual=usual, packed=self.mlp.out if usual else None, owner=self, around=("mlp",)
+        )
 
     def forward(self, x: Stream, mask: Mask, angles: Angles | None = None, past: KVCache | None = None) -> Stream:
-        if not self.adds_in_norm(x, self.attn.o_proj.weight):
+        if not self.adds_in_norm(x):
             return self.second_half(self.first_half(x, mask, angles, past), own=True)
         x = self.hook_resid_pre(x)
         out = self.hook_attn_out(self.attn(self.ln1(self.hook_attn_in(x)), mask, angles, past))
+        if any_gradient(out, *self.ln2.parameters()):
+            return self.second_half(x + out)
         x, normed = self.ln2.after_adding(x, out)
         x = self.hook_mlp_in(self.hook_resid_mid(x))
         return self._add_neurons(x, self.ln2.told(x, normed))
@@ -303,7 +312,7 @@ class Block(nn.Module):
         """The stream with the attention's output added."""
         x = self.hook_resid_pre(x)
         normed = self.ln1(self.hook_attn_in(x))
-        if not self.heads_sum.open(x, self.attn.o_proj.weight):
+        if not self.heads_sum.open(x):
             return x + self.hook_attn_out(self.attn(normed, mask, angles, past))
         z = self.attn.mix(normed, mask, angles, past)
         if self.heads_sum.live:
@@ -316,11 +325,11 @@ class Block(nn.Module):
         return self._add_neurons(x, self.ln2(self.hook_mlp_in(x)), own)
 
     def _add_neurons(self, x: Stream, normed: Stream, own: bool = True) -> Stream:
-        if not self.mlp_sum.open(x, self.mlp.out_proj.weight):
+        if not self.mlp_sum.open(x):
             return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(normed)))
         post = self.mlp.hidden(normed)
         self._show_sum(self.hook_mlp_out, post, self.mlp.out_proj)
-        spend = own and x.is_cuda and not any(hook.live for hook in self.held)
+        spend = own and x.is_cuda and is_called_plainly(self.ln2) and not any(hook.live for hook in self.held)
         return self.hook_resid_post(self.mlp.out.add(x, post, spend))
 
     def _show_heads(self, z: Heads) -> None:
@@ -339,12 +348,12 @@ class Block(nn.Module):
 
     def adds_in_norm(self, *tensors: Tensor) -> bool:
         """Whether the attention's output, which has a bias, is added in one step with the norm behind it."""
-        return self.attn.o_proj.bias is not None and self.sum_and_norm.open(*tensors)
+        return self.sum_and_norm.open(*tensors) and getattr(self.attn.o_proj, "bias", None) is not None
 
     @property
     def held(self) -> tuple[Hook, ...]:
         """Hooks whose listeners may keep the stream between the halves."""
-        return self.hook_resid_mid, self.hook_mlp_in, self.ln2.hook_scale, self.ln2.hook_normalized
+        return self.hook_resid_mid, self.hook_mlp_in, *(part for part in self.ln2.children() if isinstance(part, Hook))
 
 
 def bias_of(linear: nn.Linear) -> Tensor:

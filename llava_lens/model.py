@@ -183,7 +183,7 @@ class HookedLlava(InputReader, Planned, HookedModel):
             x, tokens, attention_mask = self.read_stream(input, **named)
         attention_mask = attention_mask if past_and_new is None else past_and_new
         if past_kv_cache is not None:
-            attention_mask = past_kv_cache.extend_mask(attention_mask, x)
+            attention_mask = past_kv_cache.extend_mask(attention_mask, x, past_kv_cache.held_by(first, last))
         plain = past_kv_cache is None and position_ids is None and isinstance(logits_to_keep, int)
         if stop_at_layer is not None or return_type is None or not (plain and self.graphs.fits(self)):
             x = self.run_blocks(x, first, last, attention_mask, position_ids, past_kv_cache)
@@ -237,7 +237,7 @@ class HookedLlava(InputReader, Planned, HookedModel):
         past: KVCache | None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """The stream before block `last`, given the one before block `first`."""
-        seen = past.length if past is not None else 0
+        seen = past.held_by(first, last) if past is not None else 0
         if positions is None:
             angles = self.rotary.span(seen, seen + x.shape[1], x.dtype, x.device)
         else:

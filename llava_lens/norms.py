@@ -113,3 +113,9 @@ class LayerNorm(RMSNorm):
         if not (touched or touched_scale):
             return out
         return splice(out, after * self.weight + self.bias, before, after)
+
+
+def adds_as_it_norms(kind: type[nn.Module]) -> bool:
+    """Whether `after_adding` is of the class that the norm's `forward` is of, and so says the same."""
+    owners = [next((c for c in kind.__mro__ if name in vars(c)), None) for name in ("forward", "after_adding")]
+    return owners[0] is owners[1]

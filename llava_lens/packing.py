@@ -1,12 +1,14 @@
 """Weights of several projections side by side in one memory, so that one matrix product does for all of them.
 
 Unusual: nothing is held twice. The projections' own weights become views of the joint one, under their own names; where
-they lie apart again (moved, replaced, loaded anew) nothing is joined and the projections run one by one.
+they lie apart again (moved, replaced, loaded anew), or a projection is no plain one (exchanged, hooked, parametrised),
+nothing is joined and the projections run one by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +21,37 @@ Joint = tuple[Tensor, Tensor | None]
 """Weight and bias of several projections as one."""
 WORTH_BLOCKING = 2**17
 """Below so many numbers in a weight the call to oneDNN costs more than its order saves."""
-Held = tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None, int]
-"""Where a weight or a bias is kept, under which name, which it was, and where it lay."""
+Layout = tuple[int, torch.Size | None, tuple[int, ...]]
+Held = tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None, int, torch.Size | None, tuple[int, ...]]
+"""Where a weight or a bias is kept, under which name, which it was, and how it lay in memory."""
 
 
 class Packed:
-    """Projections of one input that can run as one product; asks each time whether their weights still lie together."""
+    """Projections of one input that can run as one product; asks each time whether their weights still lie together.
 
-    def __init__(self, *linears: nn.Linear):
-        self.linears = linears
+    They are those that stand under `names` in `owner` at the time.
+    """
+
+    def __init__(self, owner: nn.Module, *names: str):
+        self.places, self.names = owner._modules, names  # not the owner: it holds this, and would outlive its last user
         self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"places": self.places, "names": self.names}  # a copy holds no weight of its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.forget()
+
+    @property
+    def linears(self) -> list[Any]:
+        """The projections that stand there now, of whatever kind."""
+        return [self.places[name] for name in self.names]
+
+    @property
+    def usual(self) -> bool:
+        """Whether all are plain linear layers, so that their weights say all that they do."""
+        return all(is_called_plainly(linear) and _is_linear(linear) for linear in self.linears)
 
     def __call__(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows joint"]:
         """All projections of `x` side by side; to be called where the weights lie `together`."""
@@ -46,8 +69,13 @@ class Packed:
         assert self._joint is not None
         return kernels.add_linear(x, values, *self._joint, spend)
 
+    @torch.inference_mode(False)  # what is made there could never again be trained
+    @torch.no_grad()
     def pack(self) -> None:
         """Move the weights, and the biases, next to each other; done already, it does nothing."""
+        self.forget()
+        if not all(map(_is_linear, self.linears)):
+            return
         for name in ("weight", "bias"):
             parts = [part for linear in self.linears if (part := linear._parameters[name]) is not None]
             if len(parts) < len(self.linears) or parts[0].is_meta or joined(parts) is not None:
@@ -57,7 +85,6 @@ class Packed:
             whole = torch.cat([part.data for part in parts])
             for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
                 part.data = rows
-        self.forget()
 
     def block(self, rows: int) -> None:
         """Hold a second copy of a large weight in oneDNN's own order, chosen for inputs of so many rows."""
@@ -72,6 +99,7 @@ class Packed:
 
     def forget(self) -> None:
         """Hold on to no memory that the weights may have left."""
+        self._of: list[tuple[str, Any]] = []
         self._seen: list[Held] = []
         self._joint: Joint | None = None
         self._blocked: Tensor | None = None
@@ -80,17 +108,52 @@ class Packed:
     @property
     def together(self) -> Joint | None:
         """Weight and bias as one, without a gradient; None where they lie apart."""
-        for parameters, name, part, address in self._seen:
-            if parameters[name] is not part or (part is not None and part.data_ptr() != address):
-                break
-        else:
-            if self._seen:
-                return self._joint
-        held = [(linear._parameters, name) for linear in self.linears for name in ("weight", "bias")]
+        for name, linear in self._of:
+            if self.places[name] is not linear:
+                return self._look()
+            if not is_called_plainly(linear):
+                return None
+        for parameters, name, part, address, shape, strides in self._seen:
+            if parameters.get(name) is not part:
+                return self._look()
+            if part is not None and (part.data_ptr() != address or part.shape != shape or part.stride() != strides):
+                return self._look()
+        return self._joint if self._of else self._look()
+
+    def _look(self) -> Joint | None:
+        self._of, self._blocked = [], None  # first, so that no other thread takes the old joint weight for new
+        if not self.usual:
+            self.forget()
+            return None
+        linears = self.linears
+        held = [(linear._parameters, name) for linear in linears for name in ("weight", "bias")]
         parts = [(parameters, name, parameters[name]) for parameters, name in held]
-        self._seen = [(p, name, part, 0 if part is None else part.data_ptr()) for p, name, part in parts]
-        self._joint, self._blocked = joint(self.linears), None
+        self._seen = [(*each, *_layout(each[2])) for each in parts]
+        self._joint = joint(linears)
+        self._of = list(zip(self.names, linears, strict=True))
         return self._joint
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """Weights and biases that were joined."""
+        return [part for _, _, part, *_ in self._seen if part is not None]
+
+
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether calling a module is its class's `forward` and nothing else: no hook of torch, no `forward` over it."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooked and "forward" not in module.__dict__
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is torch's linear layer with ordinary weights (none parametrised, none quantised)."""
+    if type(module).forward is not nn.Linear.forward or not {"weight", "bias"} <= module._parameters.keys():
+        return False
+    return all(type(part) is nn.Parameter for part in module._parameters.values() if part is not None)
+
+
+def _layout(part: Tensor | None) -> Layout:
+    return (0, None, ()) if part is None else (part.data_ptr(), part.shape, part.stride())
 
 
 @torch.no_grad()

@@ -61,8 +61,11 @@ class Planned:
         Large products then take less time (docs/benchmarks.md says how much), for twice the memory of their weights;
         small ones stay as they are. `rows` is the length of inputs to choose the order for. An edit of a weight is
         noticed (not one through `.data`), and that product runs without the copy from then on. Raises `LensError` for
-        a model that is not in float32 on a CPU, and for a torch without these functions.
+        a model that is not in float32 on a CPU, for weights made in inference mode, whose edits nobody can notice, and
+        for a torch without these functions.
         """
+        if any(weight.is_inference() for weight in self.parameters()):  # type: ignore[attr-defined]
+            raise LensError("weights made in inference mode, whose edits nobody counts; load the model outside of it")
         weight = next(self.parameters())  # type: ignore[attr-defined]
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
             raise LensError(f"a model in {weight.dtype} on {weight.device}; optimize_for_cpu takes float32 on a CPU")
@@ -79,6 +82,10 @@ class Planned:
         for _, region in regions_of(self):  # type: ignore[arg-type]
             region.fused = path == "fused"
         self.settle_weights()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self.settle_weights()  # a copied or loaded model has each weight by itself
 
     def settle_weights(self) -> None:
         """Put weights that run as one product next to each other, if they do, after they were loaded or moved."""

@@ -11,9 +11,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from llava_lens.hooks import Hook
-from llava_lens.packing import Packed
+from llava_lens.packing import Packed, is_called_plainly
 
 Path = Literal["reference", "fused"]
 PATHS: tuple[Path, ...] = ("reference", "fused")
@@ -23,13 +24,22 @@ class Region:
     """The hooks inside one stretch, and whether its fused way is wanted.
 
     `usual` is false where a subclass replaced the very method that the fused way stands for; `packed` are weights that
-    it needs to lie side by side.
+    it needs to lie side by side. `around` names parts of `owner` that it does not call, or whose inside it knows.
     """
 
-    def __init__(self, *hooks: Hook, usual: bool = True, packed: Packed | None = None):
+    def __init__(
+        self,
+        *hooks: Hook,
+        usual: bool = True,
+        packed: Packed | None = None,
+        owner: nn.Module | None = None,
+        around: tuple[str, ...] = (),
+    ):
         self.hooks = hooks
         self.usual = usual
         self.packed = packed
+        self.places = owner._modules if owner is not None else {}
+        self.around = {name: self.places[name] for name in around}
         self.fused = False
 
     def open(self, *tensors: Tensor) -> bool:
@@ -38,7 +48,19 @@ class Region:
             return False
         if any_gradient(*tensors) or transformed() or (self.live and self.writers):
             return False
-        return self.packed is None or self.packed.together is not None
+        if self.around and self.changed:
+            return False
+        if self.packed is None or self.packed.together is None:
+            return self.packed is None
+        return not (torch.is_grad_enabled() and any_gradient(*self.packed.parts))
+
+    @property
+    def changed(self) -> str:
+        """The name of a part that is another by now, or has a hook of torch or another `forward`; empty for none."""
+        for name, part in self.around.items():
+            if self.places[name] is not part or not is_called_plainly(part):  # type: ignore[arg-type]
+                return name
+        return ""
 
     @property
     def live(self) -> bool:
@@ -64,7 +86,11 @@ class Region:
         if any_gradient(*tensors):
             return "gradients are on"
         if transformed():
-            return "torch.compile or autocast is on"
+            return "torch.compile, autocast, torch.func or a hook on all modules is on"
+        if self.changed:
+            return f"{self.changed} was exchanged, or has a hook of torch"
+        if self.fused and self.packed is not None and not self.packed.usual:
+            return f"{', '.join(self.packed.names)}: not a plain nn.Linear, or with a hook of torch"
         return "its weights lie apart: use('fused') joins them" if self.fused else "the reference path is chosen"
 
 
@@ -74,8 +100,10 @@ def any_gradient(*tensors: Tensor) -> bool:
 
 
 def transformed() -> bool:
-    """Whether somebody else decides how operations run: a compiler that traces, or autocast."""
-    return torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    """Whether somebody else decides how operations run: a compiler that traces, autocast, torch.func, hooks on all."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return True
+    return torch._C._are_functorch_transforms_active() or bool(_has_any_global_hook())
 
 
 def regions_of(module: nn.Module) -> Iterator[tuple[str, Region]]:

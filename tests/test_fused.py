@@ -255,14 +255,14 @@ def test_a_decoder_alone():
 def test_a_compiler_that_traces_gets_the_reference(monkeypatch):
     _, fused = pair()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert fused.plan()["blocks.0"]["mlp.neurons"] == "torch.compile or autocast is on"
+    assert fused.plan()["blocks.0"]["mlp.neurons"].startswith("torch.compile, autocast")
     assert not any(region.open() for _, region in regions_of(fused))
 
 
 def test_autocast_gets_the_reference():
     _, fused = pair()
     with torch.autocast("cpu", torch.bfloat16):
-        assert fused.plan()["blocks.0"]["mlp.neurons"] == "torch.compile or autocast is on"
+        assert fused.plan()["blocks.0"]["mlp.neurons"].startswith("torch.compile, autocast")
 
 
 def test_packed_for_a_cpu_it_is_the_same_and_edits_are_seen(monkeypatch):

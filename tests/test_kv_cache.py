@@ -261,6 +261,56 @@ def test_inference_mode_and_plain_steps_take_turns() -> None:
     torch.testing.assert_close(step, full[:, 4:], rtol=0, atol=1e-5 * float(full.detach().abs().max()))
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_run_in_two_parts_continues_every_layer_where_it_stands(padded: bool) -> None:
+    _, model = built()
+    tokens = torch.randint(3, 80, (2, 9))
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    how: Any = {"attention_mask": mask} if padded else {}
+    cache, parts = KVCache(3), []
+    with torch.no_grad():
+        for new in (tokens[:, :6], tokens[:, 6:8], tokens[:, 8:]):
+            given = {"attention_mask": mask[:, :6]} if padded and not parts else {}
+            x = model(new, past_kv_cache=cache, stop_at_layer=1, **given)
+            parts.append(model(x, past_kv_cache=cache, start_at_layer=1))
+        whole = model(tokens, **how)
+    assert torch.allclose(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()], atol=1e-4)
+
+
+def test_a_cache_whose_run_broke_off_is_refused() -> None:
+    _, model = built()
+    tokens = torch.randint(3, 80, (2, 9))
+
+    def fail(act: Any, hook: Any) -> None:
+        raise RuntimeError
+
+    for held in (0, 8):
+        cache = KVCache(3)
+        with torch.no_grad():
+            if held:
+                model(tokens[:, :held], past_kv_cache=cache)
+            with pytest.raises(RuntimeError), model.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", fail)]):
+                model(tokens[:, held:], past_kv_cache=cache)
+            with pytest.raises(LensError, match=rf"hold {held} to 9 positions.*new KVCache"):
+                model(tokens[:, held:], past_kv_cache=cache)
+
+
+def test_a_remembered_mask_edited_in_inference_mode_hides_more() -> None:
+    _, model = built()
+    tokens, ones = torch.randint(3, 80, (2, 10)), torch.ones(2, 8, dtype=torch.long)
+    steps = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            cache = KVCache(3)
+            model(tokens[:, :8], attention_mask=ones, past_kv_cache=cache)
+            model(tokens[:, 8:9], attention_mask=ones[:, :1], past_kv_cache=cache)
+            assert cache.attention_mask is not None
+            cache.attention_mask[:, 0] = 0
+            steps.append(model(tokens[:, 9:], past_kv_cache=cache))
+    assert torch.equal(*steps)
+
+
 def test_a_replaced_key_is_what_is_held() -> None:
     hf, model = built()
     tokens = example(hf, images=(0, 0))["input_ids"]
