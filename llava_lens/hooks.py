@@ -58,7 +58,8 @@ class Hook(HookPoint):
     @property
     def live(self) -> bool:
         """True when anything listens, forward or backward."""
-        return self._heard or self.recorder is not None
+        heard = self._forward_hooks or self._backward_hooks or self._forward_pre_hooks
+        return bool(heard) or self.recorder is not None
 
     @property
     def _heard(self) -> bool:

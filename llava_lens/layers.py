@@ -146,6 +146,8 @@ class Attention(nn.Module):
     def output(self, z: Heads) -> Stream:
         """What the heads' mixtures add to the stream."""
         out = self.o_proj(z.reshape(*z.shape[:-2], -1))
+        if not self.hook_result.live:
+            return out
         if not self.hook_result.needs_value:
             self.hook_result.offer(lambda: derived.result(z, self.o_proj.weight))
             return out
@@ -289,6 +291,7 @@ class Block(nn.Module):
         self.heads_sum = Region(
             self.attn.hook_result, self.hook_attn_out, packed=self.attn.out, owner=self, around=("attn",)
         )
+        self.biased = cfg.attn_bias
         usual = (type(self).first_half, type(self).second_half) == (Block.first_half, Block.second_half)
         usual = usual and adds_as_it_norms(type(self.ln2))
         self.sum_and_norm = Region(*self.heads_sum.hooks, *self.held, usual=usual, owner=self, around=("attn", "ln2"))
@@ -328,7 +331,8 @@ class Block(nn.Module):
         if not self.mlp_sum.open(x):
             return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(normed)))
         post = self.mlp.hidden(normed)
-        self._show_sum(self.hook_mlp_out, post, self.mlp.out_proj)
+        if self.mlp_sum.live:
+            self._show_sum(self.hook_mlp_out, post, self.mlp.out_proj)
         spend = own and x.is_cuda and is_called_plainly(self.ln2) and not any(hook.live for hook in self.held)
         return self.hook_resid_post(self.mlp.out.add(x, post, spend))
 
@@ -348,7 +352,7 @@ class Block(nn.Module):
 
     def adds_in_norm(self, *tensors: Tensor) -> bool:
         """Whether the attention's output, which has a bias, is added in one step with the norm behind it."""
-        return self.sum_and_norm.open(*tensors) and getattr(self.attn.o_proj, "bias", None) is not None
+        return self.biased and self.sum_and_norm.open(*tensors)
 
     @property
     def held(self) -> tuple[Hook, ...]:

@@ -47,6 +47,8 @@ class RMSNorm(nn.Module):
             out, _ = kernels.rms_norm(x, self.weight, self.eps)
             return self.told(x, out)
         normalized, mean_square = kernels.rms_norm_parts(x, self.eps)
+        if not self.norm.live:
+            return self.weight * normalized.to(x.dtype)
         touched = False
         if self.hook_scale.needs_value:
             scale = mean_square.sqrt()
@@ -69,6 +71,8 @@ class RMSNorm(nn.Module):
 
     def told(self, x: Stream, out: Stream) -> Stream:
         """The norm's output after listeners were told what is inside; where nobody may write."""
+        if not self.norm.live:
+            return out
         for kind, hook in (("scale", self.hook_scale), ("normalized", self.hook_normalized)):
             recipe_of = partial(derived.norm, kind, x, self.eps, False)
             if hook.needs_value:
@@ -98,7 +102,7 @@ class LayerNorm(RMSNorm):
 
     def told(self, x: Stream, out: Stream) -> Stream:
         """The norm's output after listeners have seen, and perhaps changed, what is inside."""
-        if not (self.hook_scale.live or self.hook_normalized.live):
+        if not self.norm.live:
             return out
         scale_of, normalized_of = (partial(derived.norm, kind, x, self.eps, True) for kind in ("scale", "normalized"))
         if not (self.hook_scale.needs_value or self.hook_normalized.needs_value):

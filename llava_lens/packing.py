@@ -21,6 +21,7 @@ Joint = tuple[Tensor, Tensor | None]
 """Weight and bias of several projections as one."""
 WORTH_BLOCKING = 2**17
 """Below so many numbers in a weight the call to oneDNN costs more than its order saves."""
+Hooks = tuple[dict[int, Any], dict[int, Any], dict[int, Any], dict[int, Any]]
 Layout = tuple[int, torch.Size | None, tuple[int, ...]]
 Held = tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None, int, torch.Size | None, tuple[int, ...]]
 """Where a weight or a bias is kept, under which name, which it was, and how it lay in memory."""
@@ -99,7 +100,7 @@ class Packed:
 
     def forget(self) -> None:
         """Hold on to no memory that the weights may have left."""
-        self._of: list[tuple[str, Any]] = []
+        self._of: list[tuple[str, Any, dict[str, Any], Hooks]] = []
         self._seen: list[Held] = []
         self._joint: Joint | None = None
         self._blocked: Tensor | None = None
@@ -108,10 +109,10 @@ class Packed:
     @property
     def together(self) -> Joint | None:
         """Weight and bias as one, without a gradient; None where they lie apart."""
-        for name, linear in self._of:
+        for name, linear, own, hooks in self._of:  # as `is_called_plainly`, with its dictionaries looked up before
             if self.places[name] is not linear:
                 return self._look()
-            if not is_called_plainly(linear):
+            if hooks[0] or hooks[1] or hooks[2] or hooks[3] or "forward" in own:
                 return None
         for parameters, name, part, address, shape, strides in self._seen:
             if parameters.get(name) is not part:
@@ -130,7 +131,7 @@ class Packed:
         parts = [(parameters, name, parameters[name]) for parameters, name in held]
         self._seen = [(*each, *_layout(each[2])) for each in parts]
         self._joint = joint(linears)
-        self._of = list(zip(self.names, linears, strict=True))
+        self._of = [(name, each, vars(each), hooks_of(each)) for name, each in zip(self.names, linears, strict=True)]
         return self._joint
 
     @property
@@ -141,8 +142,12 @@ class Packed:
 
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether calling a module is its class's `forward` and nothing else: no hook of torch, no `forward` over it."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooked and "forward" not in module.__dict__
+    return not any(hooks_of(module)) and "forward" not in vars(module)
+
+
+def hooks_of(module: nn.Module) -> Hooks:
+    """The dictionaries that hold a module's hooks of torch."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def _is_linear(module: nn.Module) -> bool:

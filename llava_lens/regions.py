@@ -101,7 +101,7 @@ def any_gradient(*tensors: Tensor) -> bool:
 
 def transformed() -> bool:
     """Whether somebody else decides how operations run: a compiler that traces, autocast, torch.func, hooks on all."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         return True
     return torch._C._are_functorch_transforms_active() or bool(_has_any_global_hook())
 

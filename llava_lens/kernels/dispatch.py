@@ -125,6 +125,12 @@ def _plain(tensors: tuple[Any, ...]) -> bool:
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in given))
 
 
+def _simple(x: Any) -> bool:
+    """Whether plain torch serves beyond doubt; asking more costs as much as a small operation on a CPU."""
+    on_cpu = type(x) is Tensor and x.is_cpu and not torch.is_grad_enabled()
+    return on_cpu and _pin.get() is None and not torch.compiler.is_compiling()
+
+
 def offered(
     operation: Operation, schema: str, mutates: tuple[str, ...] = (), fake: Callable[..., Any] | None = None
 ) -> Operation:
@@ -140,6 +146,8 @@ def offered(
 
     @wraps(operation)
     def call(*given: Any, **options: Any) -> Any:
+        if given and _simple(given[0]):
+            return operation(*given, **options)
         plain = _plain((*given, *options.values()))
         return serves(*given, **options) if plain else op(*given, **options)
 
