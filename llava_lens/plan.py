@@ -12,9 +12,10 @@ from types import TracebackType
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from llava_lens.errors import LensError, nearest
-from llava_lens.regions import PATHS, Path, regions_of
+from llava_lens.regions import PATHS, Path, Region, regions_of
 
 
 class Switch:
@@ -121,12 +122,12 @@ class Plan:
     def of(cls, model: Any) -> Plan:
         """What would run now."""
         ways: dict[str, list[Way]] = {}
+        named = list(model.named_parameters())
         for name, region in regions_of(model):
             head, block, rest = name.partition("blocks.")
             number, _, inside = rest.partition(".")
             part, what = (f"{head}blocks.{number}", inside) if block else name.rpartition(".")[::2]
-            weights = list(model.get_submodule(name.rpartition(".")[0]).parameters())
-            ways.setdefault(part, []).append(Way(what, region.why_closed(*weights)))
+            ways.setdefault(part, []).append(Way(what, region.why_closed(*weights_up_to(name, region, model, named))))
         return cls(model.path, {part: tuple(found) for part, found in ways.items()})
 
     def __getitem__(self, part: str) -> dict[str, str]:
@@ -150,3 +151,15 @@ class Plan:
             told = str(Way("all", ways[0].why)) if len(same) == 1 else "; ".join(map(str, ways))
             lines.append(f"  {name}: {told}")
         return "\n".join(lines)
+
+
+def weights_up_to(
+    name: str, region: Region, model: nn.Module, named: list[tuple[str, nn.Parameter]]
+) -> list[nn.Parameter]:
+    """A region's own weights and those that lie before it in a picture's run: what a gradient may come from."""
+    owner = name.rpartition(".")[0]
+    start = ".".join((owner, *list(region.around)[-1:])) + "."
+    before = next((i for i, (weight, _) in enumerate(named) if weight.startswith(start)), len(named))
+    parts = region.packed.linears if region.packed is not None else [model.get_submodule(owner)]
+    own = [weight for part in parts for weight in part.parameters()] if region.packed or not region.around else []
+    return [weight for _, weight in named[:before]] + own

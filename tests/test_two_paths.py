@@ -25,6 +25,7 @@ from llava_lens.errors import LensError
 from llava_lens.layers import Attention, Block, GatedMLP
 from llava_lens.norms import RMSNorm
 from llava_lens.packing import Packed
+from llava_lens.regions import Region, regions_of
 
 PROJECTIONS = ("attn.q_proj", "attn.o_proj", "mlp.gate_proj", "mlp.in_proj", "mlp.out_proj")
 
@@ -299,6 +300,29 @@ def test_one_trained_weight_gets_its_gradient(name, odd):
         model(inputs)[:, -1].square().sum().backward()
         grads.append(weight.grad)
     assert distance(grads[1], grads[0]) < 1e-4
+
+
+@pytest.mark.parametrize("odd", ["plain", "attention_bias"])
+@pytest.mark.parametrize("name", ["embed.weight", "vision.class_embed", *weights_by_name(), "ln_final.weight"])
+def test_what_the_plan_calls_fused_is_fused_however_little_is_trained(name, odd, monkeypatch):
+    _, fused = pair(odd)
+    fused.get_parameter(name).requires_grad_(True)
+    usual, closed = Region.open, set()
+
+    def watched(self: Region, *tensors: Tensor) -> bool:
+        is_open = usual(self, *tensors)
+        if not is_open:
+            closed.add(id(self))
+        return is_open
+
+    monkeypatch.setattr(Region, "open", watched)
+    fused(inputs_for(odd))
+    monkeypatch.undo()
+    ways = {f"{part}.{way.region}": way.why for part, ways in fused.plan().ways.items() for way in ways}
+    wrong = [where for where, region in regions_of(fused) if id(region) in closed and not ways[where]]
+    assert not wrong
+    before = [why for where, why in ways.items() if where.startswith(("vision.ln_pre", "vision.blocks.0"))]
+    assert not any(before) or name == "vision.class_embed", "what lies before the trained weight stays fused"
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
