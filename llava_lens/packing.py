@@ -74,6 +74,8 @@ class Packed:
     @torch.no_grad()
     def pack(self) -> None:
         """Move the weights, and the biases, next to each other; done already, it does nothing."""
+        if self._blocked is not None and self.together is not None:
+            return
         self.forget()
         if not all(map(_is_linear, self.linears)):
             return

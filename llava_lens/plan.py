@@ -82,7 +82,9 @@ class Planned:
         self.path = path
         for _, region in regions_of(self):  # type: ignore[arg-type]
             region.fused = path == "fused"
-        self.settle_weights()
+        if path == "fused":
+            self.settle_weights()
+        self.graphs.clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]

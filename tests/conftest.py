@@ -33,6 +33,7 @@ THINNED = {
     "test_loading_and_a_picture_bring_in_what_they_need": 0,
     "test_logits_are_bit_equal_over_configurations": 2,
     "test_matplotlib_is_imported_when_something_is_drawn_and_no_global_figure_is_made": 0,
+    "test_mean_attention_shows_it_less_often": 0,
     "test_no_cell_is_lost_where_there_are_more_than_pixels": 0,
     "test_nothing_heavy_is_imported": 0,
     "test_patching_under_looking_at_equals_a_loop_by_hand": 3,

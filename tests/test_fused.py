@@ -272,6 +272,10 @@ def test_packed_for_a_cpu_it_is_the_same_and_edits_are_seen(monkeypatch):
     fused.optimize_for_cpu()
     assert fused.path == "fused" and fused.blocks[0].attn.packed._blocked is not None
     assert distance(fused(inputs), reference(inputs)) < 1e-5
+    copies = fused.blocks[0].attn.packed._blocked
+    with fused.use("reference"):
+        assert torch.equal(fused(inputs), reference(inputs))
+    assert fused.blocks[0].attn.packed._blocked is copies, "a while on the other path drops nothing"
     for model in (reference, fused):
         with torch.no_grad():
             model.blocks[0].attn.W_V.mul_(2)
