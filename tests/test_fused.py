@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from llava_lens.packing import Packed
 from llava_lens.regions import regions_of
 
 
-def pair(odd: str = "plain", dtype: torch.dtype = torch.float32) -> tuple[HookedLlava, HookedLlava]:
+def pair(odd: str = "plain", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """A model on the reference path and one on the fused path, of equal weights."""
     reference, fused = (HookedLlava.from_hf(copy.deepcopy(hf_llava(odd)).to(dtype)) for _ in range(2))
     fused.use("fused")
@@ -119,7 +120,7 @@ def test_an_edit_anywhere_is_that_of_the_reference():
 def test_a_writer_closes_its_region_of_its_layer_alone():
     _, fused = pair()
     regions = dict(regions_of(fused))
-    for hook in {each.name for region in regions.values() for each in region.hooks}:
+    for hook in {str(each.name) for region in regions.values() for each in region.hooks}:
         around = [name for name, region in regions.items() if hook in {each.name for each in region.hooks}]
         with fused.hooks(fwd_hooks=[(hook, lambda act, hook: None)]):
             assert [name for name, each in regions.items() if not each.open()] == around
@@ -133,7 +134,8 @@ def split(region: str) -> tuple[str, str]:
     """`blocks.0.attn.qkv` as the plan has it: the block, and the region in it."""
     head, block, rest = region.partition("blocks.")
     number, _, inside = rest.partition(".")
-    return (f"{head}blocks.{number}", inside) if block else region.rpartition(".")[::2]
+    outside, _, name = region.rpartition(".")
+    return (f"{head}blocks.{number}", inside) if block else (outside, name)
 
 
 def test_gradients_take_the_reference_path_and_the_plan_says_so():
@@ -200,13 +202,15 @@ def test_a_model_that_moved_or_was_copied_is_still_right():
     fused.to(torch.float64)
     assert fused.plan()["blocks.0"]["attn.qkv"] == "fused"
     assert distance(fused(inputs), reference.to(torch.float64)(inputs)) < 1e-13
-    stale = [packed for part in fused.modules() for packed in vars(part).values() if isinstance(packed, Packed)]
+    stale: list[Any] = [
+        packed for part in fused.modules() for packed in vars(part).values() if isinstance(packed, Packed)
+    ]
     assert all(packed.together[0].dtype == torch.float64 for packed in stale)
 
 
 def test_weights_shared_with_hugging_face_stay_theirs():
     hf = copy.deepcopy(hf_llava())
-    model = HookedLlava.from_hf(hf)
+    model: Any = HookedLlava.from_hf(hf)
     before = hf.model.language_model.layers[0].self_attn.q_proj.weight.clone()
     model.use("fused")
     with torch.no_grad():
@@ -231,15 +235,17 @@ def test_use_is_a_switch_and_a_context():
 
 
 def test_generation_and_interventions_are_those_of_the_reference():
-    inputs = inputs_for("plain")
+    inputs: Any = inputs_for("plain")
     reference, fused = pair()
     prompt = Inputs(inputs.tokens[:1], inputs.pixels[:1])
     assert torch.equal(reference.generate(prompt, 12), fused.generate(prompt, 12))
-    made = [Inputs.from_tokens(inputs.tokens[i : i + 1], reference.cfg, inputs.pixels[i : i + 1]) for i in (0, 1)]
+    clean, corrupt = (
+        Inputs.from_tokens(inputs.tokens[i : i + 1], reference.cfg, inputs.pixels[i : i + 1]) for i in (0, 1)
+    )
     for run in (
-        lambda model: patch(model, *made, "resid_pre", ("layer", "position"), progress=False).values,
-        lambda model: patch(model, *made, "z", ("layer", "head"), progress=False).values,
-        lambda model: knock_out(model, made[0], "last", "image", progress=False).values,
+        lambda model: patch(model, clean, corrupt, "resid_pre", ("layer", "position"), progress=False).values,
+        lambda model: patch(model, clean, corrupt, "z", ("layer", "head"), progress=False).values,
+        lambda model: knock_out(model, clean, "last", "image", progress=False).values,
     ):
         assert torch.allclose(run(fused), run(reference), atol=1e-4)
 

@@ -227,7 +227,7 @@ def test_an_edited_source_is_noticed(mode):
 
 
 def test_an_edited_weight_is_noticed_and_a_replaced_one_is_not_needed():
-    model = HookedLlava.from_hf(hf_llava("grouped"))
+    model: Any = HookedLlava.from_hf(hf_llava("grouped"))
     inputs, seen = case("grouped")[1:]
     linear = model.blocks[1].attn.o_proj
     before = linear.weight.detach().clone()
@@ -242,7 +242,7 @@ def test_an_edited_weight_is_noticed_and_a_replaced_one_is_not_needed():
             assert torch.equal(cache["result", 0], seen["blocks.0.attn.hook_result"])
         finally:
             linear.weight.copy_(before)
-    own = HookedLlava(model.cfg)
+    own: Any = HookedLlava(model.cfg)
     own.load_state_dict(model.state_dict())
     with torch.no_grad():
         _, cache = own.run_with_cache(inputs)
@@ -385,7 +385,7 @@ def test_a_saved_recipe_comes_back_as_one(given, tmp_path):
 def test_other_weights_cannot_stand_in(tmp_path):
     cache, seen = run(), case("grouped")[2]
     cache.save(tmp_path / "cache")
-    other = HookedLlava(cache.model.cfg)
+    other: Any = HookedLlava(cache.model.cfg)
     other.load_state_dict(cache.model.state_dict())
     with torch.no_grad():
         other.blocks[1].attn.o_proj.weight.mul_(1.5)
