@@ -84,7 +84,9 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="toy sizes: does everything work?")
-    parser.add_argument("--json", metavar="FILE", help="where rows go (benchmarks/results/ and the device's name)")
+    parser.add_argument(
+        "--json", metavar="FILE", help="where rows go (benchmarks/results/ and the device's name; with --quick nowhere)"
+    )
     parser.add_argument("--seconds", type=float, default=440, help="for checks and cases together (440)")
     asked = parser.parse_args(argv)
     if asked.device.startswith("cuda") and not torch.cuda.is_available():
@@ -92,7 +94,12 @@ def main(argv: Sequence[str]) -> int:
         return 2
     start = time.monotonic()
     report = Report(machine(asked.device))
-    file = asked.json or f"benchmarks/results/{re.sub('[^a-z0-9]+', '-', report.machine['device'].lower())}.json"
+    own = (
+        None
+        if asked.quick
+        else f"benchmarks/results/{re.sub('[^a-z0-9]+', '-', report.machine['device'].lower())}.json"
+    )
+    file = asked.json or own  # a dry run writes over no result
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other libraries' deprecations
         made, failed = checks.failures(asked.device)
@@ -100,6 +107,8 @@ def main(argv: Sequence[str]) -> int:
         if failed:
             return 1
         settings = Settings(asked.quick, asked.device, 1 if asked.quick else 3)
-        measure_all(report, settings, asked.seconds - (time.monotonic() - start), lambda: report.save(file))
+        measure_all(
+            report, settings, asked.seconds - (time.monotonic() - start), lambda: report.save(file) if file else None
+        )
     print(text(report), "", goals.table([report]), sep="\n")
     return 0

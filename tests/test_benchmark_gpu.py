@@ -252,3 +252,11 @@ def test_the_command_for_a_gpu_runs_dry(tmp_path, capsys):
 def test_paths_are_those_that_there_are(study):
     assert list(study.paths) == (list(PATHS) if hasattr(HookedLlava, "use") else ["reference"])
     assert set(study.variants) | set(study.missing) == {f"llava_lens {path}" for path in PATHS}
+
+
+def test_a_dry_run_writes_over_no_result(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checks, "failures", lambda device: (1, []))
+    monkeypatch.setattr(gpu, "every_case", lambda: [Case("tower/encode", "", lambda settings: [row()])])
+    assert main(["gpu", "--device", "cpu", "--quick"]) == 0
+    assert not list(tmp_path.iterdir())
