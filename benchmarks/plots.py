@@ -46,25 +46,25 @@ def ratios(reports: Sequence[Report]) -> Any:
 
     found = points(reports)
     cases = list(dict.fromkeys(case for case, *_ in found))
-    figure = Figure(figsize=(9, 0.9 + 0.2 * len(cases) + 0.13 * len(found)), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 0.17 * (len(found) + len(cases))), layout="constrained")
     ax = figure.subplots()
     ax.axvline(1, color="black", linewidth=1)
-    for place in range(0, len(cases), 2):
-        ax.axhspan(place - 0.5, place + 0.5, color="#F4F4F4", zorder=0)
+    bottom, middles = 0.0, []
     for place, case in enumerate(cases):
         own = sorted((each for each in found if each[0] == case), key=lambda each: list(FAMILIES).index(each[1]))
+        if place % 2 == 0:
+            ax.axhspan(bottom, bottom + len(own) + 1, color="#F4F4F4", zorder=0)
         for i, (_, whose, variant, spread) in enumerate(own):
             colour, mark = FAMILIES[whose]
-            y, bar = (
-                place + 0.7 * ((i + 0.5) / len(own) - 0.5),
-                [[spread.median - spread.low], [spread.high - spread.median]],
-            )
+            y, bar = bottom + i + 1, [[spread.median - spread.low], [spread.high - spread.median]]
             ax.errorbar(spread.median, y, xerr=bar, fmt=mark, color=colour, markersize=5, capsize=2.5, linewidth=1.2)
             named = variant.removeprefix(f"{whose} ") if variant != whose else ""
             ax.annotate(named, (spread.high, y), (5, -3), textcoords="offset points", color=colour, fontsize=8)
+        middles.append(bottom + (len(own) + 1) / 2)
+        bottom += len(own) + 1
     for name, (colour, mark) in FAMILIES.items():
         ax.plot([], [], mark, color=colour, markersize=5, label=name)
-    ax.set(xscale="log", yticks=range(len(cases)), ylim=(len(cases) - 0.5, -0.5))
+    ax.set(xscale="log", yticks=middles, ylim=(bottom, 0))
     ax.set_yticklabels(cases)
     ax.xaxis.set_major_formatter("{x:g}×")
     ax.set_xlabel("times faster than the baseline (mark: median of the rounds; bar: slowest to fastest)")
