@@ -147,7 +147,7 @@ def offered(
     @wraps(operation)
     def call(*given: Any, **options: Any) -> Any:
         if given and _simple(given[0]):
-            return _settled(operation(*given, **options))
+            return _settled(getattr(fast, name)(*given, **options))
         plain = _plain((*given, *options.values()))
         return serves(*given, **options) if plain else op(*given, **options)
 
