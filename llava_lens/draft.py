@@ -39,8 +39,8 @@ class Draft:
         self.longest = longest_row(prompt)
         worthwhile = use_kv_cache and new >= WORTHWHILE
         self.fixed = model.graphs.step(model, batch, capacity) if worthwhile else None
-        self.past = KVCache(model.cfg.n_layers, capacity) if use_kv_cache else None
-        self.past = self.fixed.past if self.fixed is not None else self.past
+        own = KVCache(model.cfg.n_layers, capacity) if use_kv_cache and self.fixed is None else None
+        self.past = own if self.fixed is None else self.fixed.past
         self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)
         self.stop_here = torch.tensor(stop, dtype=torch.long, device=device)
         pad = model.cfg.pad_token_id

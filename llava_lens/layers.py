@@ -149,11 +149,15 @@ class Attention(nn.Module):
         if not self.hook_result.live:
             return out
         if not self.hook_result.needs_value:
-            self.hook_result.offer(lambda: derived.result(z, self.o_proj.weight))
+            self.offer_result(z)
             return out
         before = derived.per_head(z, self.W_O)
         after, touched = self.hook_result.look(before)
         return splice(out, after.sum(-2) + self.b_O, before, after, over=2) if touched else out
+
+    def offer_result(self, z: Heads) -> None:
+        """Tell those who take recipes what each head adds; where nobody needs the value."""
+        self.hook_result.offer(lambda: derived.result(z, self.o_proj.weight))
 
     def _split(self, x: Tensor) -> Heads:
         return x.view(*x.shape[:-1], -1, self.cfg.d_head)
@@ -340,7 +344,7 @@ class Block(nn.Module):
         if self.attn.hook_result.needs_value:
             self.hook_attn_out(self.attn.output(z))
         else:
-            self.attn.hook_result.offer(lambda: derived.result(z, self.attn.o_proj.weight))
+            self.attn.offer_result(z)
             self._show_sum(self.hook_attn_out, z, self.attn.o_proj)
 
     def _show_sum(self, hook: Hook, values: Tensor, linear: nn.Linear) -> None:

@@ -184,14 +184,15 @@ class HookedLlava(InputReader, Planned, HookedModel):
         attention_mask = attention_mask if past_and_new is None else past_and_new
         if past_kv_cache is not None:
             attention_mask = past_kv_cache.extend_mask(attention_mask, x, past_kv_cache.held_by(first, last))
-        plain = past_kv_cache is None and position_ids is None and isinstance(logits_to_keep, int)
-        if stop_at_layer is not None or return_type is None or not (plain and self.graphs.fits(self)):
+        if stop_at_layer is not None or return_type is None:
             x = self.run_blocks(x, first, last, attention_mask, position_ids, past_kv_cache)
-            if stop_at_layer is not None or return_type is None:
-                return x if stop_at_layer is not None else None
-            logits = self.read_out(x, logits_to_keep)
-        else:
+            return x if stop_at_layer is not None else None
+        plain = past_kv_cache is None and position_ids is None and isinstance(logits_to_keep, int)
+        if plain and self.graphs.fits(self):
             logits = self.replay(x, first, last, attention_mask, logits_to_keep)  # type: ignore[arg-type]
+        else:
+            x = self.run_blocks(x, first, last, attention_mask, position_ids, past_kv_cache)
+            logits = self.read_out(x, logits_to_keep)
         if return_type == "logits":
             return logits
         loss = self.loss(logits, tokens, attention_mask, loss_per_token)

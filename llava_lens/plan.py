@@ -83,8 +83,9 @@ class Planned:
         for _, region in regions_of(self):  # type: ignore[arg-type]
             region.fused = path == "fused"
         if path == "fused":
-            self.settle_weights()
-        self.graphs.clear()
+            self.settle_weights()  # the other path keeps what the fused one laid out, for the way back
+        else:
+            self.graphs.clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -137,11 +138,6 @@ class Plan:
         if part not in self.ways:
             raise LensError(f"no part {part!r}{nearest(part, self.ways)}")
         return {way.region: way.why or "fused" for way in self.ways[part]}
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for plans that run the same."""
-        return self.path, tuple(self.ways.items())
 
     def __str__(self) -> str:
         lines = [f"path {self.path!r}"]
