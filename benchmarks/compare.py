@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,10 +13,17 @@ from torch import Tensor
 from benchmarks.floors import Work, ceilings, floor
 from benchmarks.measure import Patience, measure
 from benchmarks.models import Size
-from benchmarks.rows import Row
+from benchmarks.rows import LeftOut, Row
 
+Run = TypeVar("Run", bound=Callable[..., Any])
 ENOUGH = 2.0
 """Seconds of timed rounds after which three are enough (`Patience`)."""
+
+
+def parted(case: str, ways: Mapping[str, Run | str]) -> tuple[dict[str, Run], list[LeftOut]]:
+    """The ways that can be run, and those that are the reason why not."""
+    runs = {way: run for way, run in ways.items() if not isinstance(run, str)}
+    return runs, [LeftOut(case, way, why) for way, why in ways.items() if isinstance(why, str)]
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-import sys
 import time
 from dataclasses import replace
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from toy_study import LOOSE, TOY, exact_of
 from transformers.models.llama import modeling_llama
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import baselines, floors, ours, truth, twins
 from benchmarks.bridge import Bridge
@@ -26,25 +22,16 @@ from benchmarks.cases.decode import behind, between_tokens, by_hf, by_ours, step
 from benchmarks.cases.startup import in_fresh_process
 from benchmarks.compare import Settings
 from benchmarks.floors import Ceilings, Work, floor
-from benchmarks.models import SIZES, batch_of, make_study
+from benchmarks.models import batch_of, make_study
 from benchmarks.rows import LeftOut, Row
 from llava_lens import HookedLlava
 
-TOY = SIZES["toy"]
 QUICK = Settings(quick=True, rounds=1)
-LOOSE = {"rtol": 0, "atol": 2e-5}
-"""float32 against float64 for logits of size 1 to 10."""
 
 
 @pytest.fixture(scope="module")
 def study():
     return make_study(TOY)
-
-
-@lru_cache
-def exact_of(study):
-    """All weights in float64 at once."""
-    return HookedLlava.from_hf(copy.deepcopy(study.hf).double())
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from toy_study import TOY
 
 from benchmarks import batched, checks, goals, gpu, measure, ours, truth, twins
 from benchmarks.__main__ import main
@@ -28,7 +25,6 @@ from benchmarks.rows import LeftOut, Report, Row
 from llava_lens import HookedLlava
 from llava_lens.kernels import fast
 
-TOY = SIZES["toy"]
 QUICK = Settings(quick=True, rounds=1)
 
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import subprocess
-import sys
-from functools import lru_cache
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from toy_study import LOOSE, TOY, exact_of
 
 from benchmarks import baselines, measure, ours, truth
 from benchmarks import compare as compare_module
@@ -23,28 +18,18 @@ from benchmarks.cases import every_case
 from benchmarks.compare import Settings, Variant, compare, spread_out
 from benchmarks.floors import Ceilings, Work
 from benchmarks.measure import Patience, Spread, Tries, peak_bytes, summarise
-from benchmarks.models import SIZES, make_study, questions
+from benchmarks.models import make_study, questions
 from benchmarks.rows import HEAD, table
-from llava_lens import HookedLlava
 
-TOY = SIZES["toy"]
 LAYERS, POSITIONS, HEADS = range(TOY.layers), range(TOY.positions), range(TOY.heads)
 RESID = list(itertools.product(LAYERS, POSITIONS))
 Z = list(itertools.product(LAYERS, HEADS))
 LAST = slice(-1, None)
-LOOSE = {"rtol": 0, "atol": 2e-5}
-"""float32 against float64 or against another order of sums, for logits of size 1 to 10."""
 
 
 @pytest.fixture(scope="module")
 def study():
     return make_study(TOY)
-
-
-@lru_cache
-def exact_of(study):
-    """All weights in float64 at once."""
-    return HookedLlava.from_hf(copy.deepcopy(study.hf).double())
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,9 @@ from benchmarks import floors, ours, tracing, truth, twins
 from benchmarks.bridge import Bridge
 from benchmarks.cases import Case, Found
 from benchmarks.cases.forward import AGAINST
-from benchmarks.compare import Settings, Variant, compare
+from benchmarks.compare import Settings, Variant, compare, parted
 from benchmarks.floors import Work
 from benchmarks.models import SIZES, Size, Study, make_study
-from benchmarks.rows import LeftOut
 from llava_lens import Inputs
 
 Keep = Callable[[], tuple[Tensor, Iterable[Tensor]]]
@@ -86,11 +85,10 @@ def keep(settings: Settings) -> Found:
     size = size_for(settings)
     study = make_study(size, device=settings.device, dtype=settings.dtype)
     work = floors.prefill(size, 1, settings.dtype.itemsize)
+    runs, left_out = parted("cached/run", ways(study, size))
+    yield from left_out
     variants = []
-    for way, run in ways(study, size).items():
-        if isinstance(run, str):
-            yield LeftOut("cached/run", way, run)
-            continue
+    for way, run in runs.items():
         held = bytes_held(run()[1])
         variants.append(Variant(way, run, work=work + Work(bytes=held), held_bytes=held or None, read=itemgetter(0)))
     exact = truth.last_logits(study.reference, study.clean)

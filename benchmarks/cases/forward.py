@@ -11,9 +11,8 @@ from functools import partial
 from benchmarks import floors, ours, truth, twins
 from benchmarks.bridge import Bridge
 from benchmarks.cases import Case, Found
-from benchmarks.compare import Settings, Variant, compare
+from benchmarks.compare import Settings, Variant, compare, parted
 from benchmarks.models import SIZES, Size, batch_of, make_study
-from benchmarks.rows import LeftOut
 from benchmarks.twins import Forward
 
 AGAINST = "llava_lens on the same weights in float64, one block at a time (logits of the last position)"
@@ -49,12 +48,13 @@ def of(size: Size, batch: int, settings: Settings, compiling: bool) -> Found:
     }
     made = {way: make() for way, make in ways.items()}
     made |= {way: partial(ours.last_logits, model) for way, model in study.variants.items()} | study.missing
-    work = floors.prefill(size, batch, settings.dtype.itemsize)
-    variants = [Variant(way, partial(run, inputs), work=work) for way, run in made.items() if not isinstance(run, str)]
-    exact = truth.last_logits(study.reference, inputs)
     name, params = "forward/prefill", {"size": size.name, "batch": batch}
+    work = floors.prefill(size, batch, settings.dtype.itemsize)
+    runs, left_out = parted(f"{name} batch={batch}", made)
+    variants = [Variant(way, partial(run, inputs), work=work) for way, run in runs.items()]
+    exact = truth.last_logits(study.reference, inputs)
     yield from compare(name, size, params, batch, variants, exact, settings, AGAINST)
-    yield from (LeftOut(f"{name} batch={batch}", way, why) for way, why in made.items() if isinstance(why, str))
+    yield from left_out
 
 
 CASES = [Case("forward/prefill", "pictures and prompts to the logits of the last position", prefill)]

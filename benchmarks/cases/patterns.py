@@ -14,9 +14,8 @@ from benchmarks import floors, ours, tracing, truth, twins
 from benchmarks.bridge import Bridge
 from benchmarks.cases import Case, Found
 from benchmarks.cases.cached import size_for
-from benchmarks.compare import Settings, Variant, compare
+from benchmarks.compare import Settings, Variant, compare, parted
 from benchmarks.models import make_study
-from benchmarks.rows import LeftOut
 from llava_lens import Inputs
 
 AGAINST = "llava_lens on the same weights in float64, one block at a time (attention weights)"
@@ -50,10 +49,11 @@ def last_row(settings: Settings) -> Found:
     }
     ways |= {way: partial(ours.last_patterns, model, inputs) for way, model in study.variants.items()} | study.missing
     work = floors.prefill(size, 1, settings.dtype.itemsize)
-    variants = [Variant(way, run, work=work) for way, run in ways.items() if not isinstance(run, str)]
+    runs, left_out = parted(name, ways)
+    variants = [Variant(way, run, work=work) for way, run in runs.items()]
     cells = size.layers * size.heads
     yield from compare(name, size, {"size": size.name}, cells, variants, exact, settings, AGAINST)
-    yield from (LeftOut(name, way, why) for way, why in ways.items() if isinstance(why, str))
+    yield from left_out
 
 
 CASES = [Case("patterns/last", "the last position's attention in every layer and head", last_row)]
