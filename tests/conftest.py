@@ -1,5 +1,6 @@
 """Every test runs on one thread: the models are tiny, and more threads only wait for each other."""
 
+import os
 from itertools import count
 
 import pytest
@@ -83,3 +84,9 @@ def pytest_collection_modifyitems(items):
         every = THINNED.get(name, 1)
         if not every or next(counters.setdefault(name, count())) % every:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Processes that share the whole suite; a file or a test that is named runs in this one (`-n` says otherwise)."""
+    whole = list(config.args) == list(config.getini("testpaths"))
+    return min(os.cpu_count() or 1, 4) if whole else 0

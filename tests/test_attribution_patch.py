@@ -150,7 +150,7 @@ OWN = [own_end, own_place, own_everywhere]
 METRICS = ["log_prob", "prob", "logit", kl(), logit_diff(5, 7), log_prob(9), recovery(), recovery(logit_diff(5, 7))]
 
 
-@pytest.mark.parametrize("metric", [*METRICS, *OWN], ids=str)
+@pytest.mark.parametrize("metric", [*METRICS, *OWN], ids=lambda metric: getattr(metric, "__name__", str(metric)))
 def test_every_metric_is_differentiated(metric):
     slow = Slow(PADDED, "z", metric=metric)
     scores = estimate(PADDED, "z", metric=metric)
