@@ -104,7 +104,8 @@ def test_an_edge_is_the_first_order_of_patching_it(odd, images, pad, row):
 
 @pytest.mark.parametrize("odd,images,pad,row", ROWS)
 @pytest.mark.parametrize("how", [{}, {"direction": "noise"}, {"full": True}, {"metric": recovery(logit_diff(5, 7))},
-                                 {"at": [-1, -2]}, {"metric": lambda z: z[0, -1, 5].sin()}], ids=lambda how: ", ".join(how))  # fmt: skip
+                                 {"at": [-1, -2]}, {"metric": lambda z: z[0, -1, 5].sin()}],
+                         ids=lambda how: ", ".join(how))  # fmt: skip
 def test_senders_sum_to_the_effect_of_a_receivers_input(odd, images, pad, row, how):
     model, clean, corrupt = pair(odd, images, pad)
     how = dict(how)
