@@ -8,6 +8,7 @@ formed when asked for, and let go of with the next one.
 from __future__ import annotations
 
 import os
+from itertools import accumulate
 from typing import Any, overload
 
 import torch
@@ -220,7 +221,7 @@ class LlavaCache(StackCache):
             return pick(held) if isinstance(held, Tensor) else held.map(pick, batched=by_image or not single)
 
         kept = Entries({name: chosen(name, held) for name, held in self.cache_dict.held().items()})
-        inputs = None if self.inputs is None else rows_of(self.inputs, rows, images)
+        inputs = None if self.inputs is None else rows_of(self.inputs, rows, images, self.model.cfg)
         cache = LlavaCache(kept, self.model, not single, inputs, True, self.asked, self.kept)
         if single and len(images) == 1:
             cache._drop_image_dim()
@@ -230,8 +231,8 @@ class LlavaCache(StackCache):
         """The images of some rows, in the rows' order."""
         total = self._n_images()
         if self.inputs is not None and self.inputs.pixels is not None:
-            per_row = (self.inputs.tokens == self.model.cfg.image_token_id).sum(1) // self.model.cfg.tokens_per_image
-            starts = [0, *per_row.cumsum(0).tolist()]
+            per_row = [sum(len(layout.pictures) for layout in row) for row in self.inputs.layouts(self.model.cfg)]
+            starts = [0, *accumulate(per_row)]
             if total in (0, starts[-1]):
                 return [image for row in rows for image in range(starts[row], starts[row + 1])]
         if not total:
@@ -272,12 +273,15 @@ def _first(held: Held) -> Held:
     return held[0] if isinstance(held, Tensor) else held.map(lambda source: source[0], batched=False)
 
 
-def rows_of(inputs: Inputs, rows: list[int], images: list[int]) -> Inputs:
+def rows_of(inputs: Inputs, rows: list[int], images: list[int], cfg: Any) -> Inputs:
     """Some rows of a batch, padding kept, with the images given."""
     mask, roles = inputs.attention_mask, inputs.roles
+    each = [inputs.extras_of(row, cfg=cfg) for row in rows]
+    extras = {name: torch.cat([own[name] for own in each if name in own]) for name in inputs.extras}
     return Inputs(
         inputs.tokens[rows],
         inputs.pixels[images] if inputs.pixels is not None and images else None,
         None if mask is None else mask[rows],
         None if roles is None else tuple(roles[row] for row in rows),
+        extras,
     )

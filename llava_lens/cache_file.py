@@ -29,6 +29,8 @@ MANIFEST, VERSION, READ = "llava_lens_cache", 2, (1, 2)
 """Where the manifest is, the format written, and those that are read: files of format 1 hold every entry formed."""
 INPUTS = "inputs:"
 """Prefix of the inputs' tensors; no hook name contains a colon."""
+IN_INPUTS = ("tokens", "pixels", "attention_mask")
+"""Fields of the inputs that hold a tensor; the rest are extras."""
 
 
 def save_cache(cache: Any, path: str | os.PathLike[str]) -> None:
@@ -39,7 +41,8 @@ def save_cache(cache: Any, path: str | os.PathLike[str]) -> None:
     if cache.model is None:
         raise LensError("this cache has lost its model, so no file could say whose it is; set cache.model first")
     inputs = cache.inputs
-    parts = {INPUTS + name: getattr(inputs, name, None) for name in ("tokens", "pixels", "attention_mask")}
+    parts = {INPUTS + name: getattr(inputs, name, None) for name in IN_INPUTS}
+    parts |= {INPUTS + name: tensor for name, tensor in (inputs.extras if inputs is not None else {}).items()}
     given = {name: tensor for name, tensor in parts.items() if tensor is not None}
     entries, recipes = plain(cache)
     tensors, aliases = distinct({**entries, **given})
@@ -216,7 +219,8 @@ def read_inputs(tensors: dict[str, Tensor], roles: list[str] | None) -> Inputs |
     if not tensors:
         return None
     parts = {name.removeprefix(INPUTS): tensor for name, tensor in tensors.items()}
-    return Inputs(**parts, roles=None if roles is None else tuple(map(Roles.from_json, roles)))
+    own = {name: parts.pop(name) for name in IN_INPUTS if name in parts}
+    return Inputs(**own, roles=None if roles is None else tuple(map(Roles.from_json, roles)), extras=parts)
 
 
 def passport(model: Any) -> dict[str, str]:

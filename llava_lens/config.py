@@ -10,17 +10,23 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from llava_lens.errors import LensError
+from llava_lens.pictures import Layout, Picture
+
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
+V = TypeVar("V", bound="VisionConfig")
+D = TypeVar("D", bound="DecoderConfig")
+L = TypeVar("L", bound="LlavaConfig")
 CPU = torch.device("cpu")
 NOT_ARCHITECTURE = ("model_name", "tokenizer_name", "device", "dtype", "eos_token_ids", "pad_token_id")
 
@@ -66,6 +72,7 @@ class TowerConfig:
     n_key_value_heads: int
     n_ctx: int
     attn_bias: bool = False
+    attn_out_bias: bool | None = None  # None: as `attn_bias`
     mlp_bias: bool = False
     gated_mlp: bool = False
     attn_only: bool = False
@@ -74,20 +81,28 @@ class TowerConfig:
     def __post_init__(self) -> None:
         if self.n_heads % self.n_key_value_heads:
             raise ValueError(f"{self.n_heads} heads cannot share {self.n_key_value_heads} key/value heads evenly")
+        if self.attn_out_bias is None:
+            object.__setattr__(self, "attn_out_bias", self.attn_bias)
         activation(self.act_fn)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig(TowerConfig):
-    """A CLIP vision tower: square images cut into square patches, one class token in front."""
+    """A vision tower: pictures cut into square patches, with CLIP's class token in front or without one.
+
+    `merge` patches in each direction become one token of the decoder.
+    """
 
     image_size: int
     patch_size: int
     n_channels: int = 3
     n_layers_total: int = 0
     feature_layers: tuple[int, ...] = ()
+    family: str = "clip_vision_model"
     feature_layers_listed: bool = False  # a list, even of one, is joined: a copy whose layout decides bf16's last bit
+    class_token: bool = True
     keep_class_token: bool = False
+    merge: int = 1
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -100,21 +115,36 @@ class VisionConfig(TowerConfig):
         return self.grid[0] * self.grid[1]
 
     @property
+    def token_grid(self) -> tuple[int, int]:
+        """The decoder's tokens of one picture as (rows, columns)."""
+        rows, cols = self.grid
+        return rows // self.merge, cols // self.merge
+
+    @property
     def n_features(self) -> int:
-        """Vectors that one image sends to the projector: its patches, and the class token where it is kept."""
+        """Vectors that one picture sends to the projector: its patches, and the class token where it is kept."""
         return self.n_patches + self.keep_class_token
 
     @classmethod
     def from_hf(
-        cls, hf: Any, feature_layer: int | Sequence[int] = -1, select: str = "default", **changes: Any
-    ) -> VisionConfig:
-        """Read a `CLIPVisionConfig`; `feature_layer` counts as Hugging Face does (0 = after the pre-norm)."""
+        cls: type[V], hf: Any, feature_layer: int | Sequence[int] = -1, select: str = "default", **changes: Any
+    ) -> V:
+        """Read a tower's config (`TOWERS`); `feature_layer` counts as Hugging Face does (0 = before the first block).
+
+        Raises `ValueError` for another tower, sides that are not whole numbers, layers that are not there, and a
+        class token that is to be cut off where there is none.
+        """
+        if hf.model_type not in TOWERS:
+            raise ValueError(f"a tower of {hf.model_type!r}; expected {' or '.join(map(repr, TOWERS))}")
+        facts = dict(TOWERS[hf.model_type]) | changes
         if not isinstance(hf.image_size, int) or not isinstance(hf.patch_size, int):
             raise ValueError(
                 f"image_size {hf.image_size!r} and patch_size {hf.patch_size!r}: expected one integer each"
             )
-        if select not in ("default", "full"):
-            raise ValueError(f"vision_feature_select_strategy {select!r}: expected 'default' or 'full'")
+        class_token = facts.get("class_token", True)
+        if select not in ("default", "full") or (select == "default" and not class_token):
+            expected = "'default' or 'full'" if class_token else "'full': this tower has no class token to cut off"
+            raise ValueError(f"vision_feature_select_strategy {select!r}: expected {expected}")
         total = hf.num_hidden_layers
         asked = (feature_layer,) if isinstance(feature_layer, int) else tuple(feature_layer)
         bad = [layer for layer in asked if not -total - 1 <= layer <= total]
@@ -122,11 +152,12 @@ class VisionConfig(TowerConfig):
             raise ValueError(f"vision_feature_layer {feature_layer!r}: expected {-total - 1} … {total}")
         layers = tuple(layer if layer >= 0 else total + 1 + layer for layer in asked)
         fields = dict(
+            family=hf.model_type,
             n_layers=max(layers),
             n_layers_total=total,
             feature_layers=layers,
             feature_layers_listed=not isinstance(feature_layer, int),
-            keep_class_token=select == "full",
+            keep_class_token=select == "full" and class_token,
             d_model=hf.hidden_size,
             n_heads=hf.num_attention_heads,
             n_key_value_heads=hf.num_attention_heads,
@@ -135,14 +166,21 @@ class VisionConfig(TowerConfig):
             act_fn=hf.hidden_act,
             eps=hf.layer_norm_eps,
             normalization_type="LN",
-            n_ctx=(hf.image_size // hf.patch_size) ** 2 + 1,
+            n_ctx=(hf.image_size // hf.patch_size) ** 2 + class_token,
             attn_bias=True,
             mlp_bias=True,
             image_size=hf.image_size,
             patch_size=hf.patch_size,
             n_channels=hf.num_channels,
         )
-        return cls(**{**fields, **changes})
+        return cls(**{**fields, **facts})
+
+
+TOWERS: Mapping[str, Mapping[str, Any]] = {
+    "clip_vision_model": {},
+    "siglip_vision_model": {"class_token": False},
+}
+"""The towers that a LLaVA may have, by `model_type`: where each differs from CLIP's."""
 
 
 def ending_tokens(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,11 +195,30 @@ def ending_tokens(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in stated.items() if value not in ((), None)}
 
 
+def _of_qwen2(hf: Any) -> dict[str, Any]:
+    slides = "sliding_attention" in (hf.layer_types or ())
+    return {"attn_bias": True, "attn_out_bias": False, "window": hf.sliding_window if slides else None}
+
+
+DECODERS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
+    "llama": lambda hf: {"attn_bias": hf.attention_bias, "mlp_bias": hf.mlp_bias},
+    "mistral": lambda hf: {"window": hf.sliding_window},
+    "qwen2": _of_qwen2,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(TowerConfig):
-    """A Llama-family decoder. `rope` is Hugging Face's `rope_parameters` (type, theta, factors)."""
+    """A Llama-family decoder. `rope` is Hugging Face's `rope_parameters` (type, theta, factors).
+
+    `window` is how far attention reaches back; a longer text is refused, so that within one it never matters.
+    """
+
+    decoders: ClassVar[Mapping[str, Callable[[Any], dict[str, Any]]]] = DECODERS
+    """The decoders that a model of this class may have, by `model_type`: what each config says in its own way."""
 
     d_vocab: int
+    window: int | None = None
     rope: Mapping[str, Any] = field(default_factory=dict)
     tie_word_embeddings: bool = False
     model_name: str = ""
@@ -176,22 +233,22 @@ class DecoderConfig(TowerConfig):
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def from_hf(cls, hf: Any, **changes: Any) -> DecoderConfig:
-        """Read a `LlamaConfig` (Vicuna's too)."""
+    def from_hf(cls: type[D], hf: Any, **changes: Any) -> D:
+        """Read a decoder's config (`decoders`; Vicuna's is a `LlamaConfig`). Raises `ValueError` for another."""
+        if hf.model_type not in cls.decoders:
+            raise ValueError(f"a decoder of {hf.model_type!r}; expected {' or '.join(map(repr, cls.decoders))}")
         fields = dict(
             n_layers=hf.num_hidden_layers,
             d_model=hf.hidden_size,
             n_heads=hf.num_attention_heads,
             n_key_value_heads=hf.num_key_value_heads or hf.num_attention_heads,
-            d_head=hf.head_dim or hf.hidden_size // hf.num_attention_heads,
+            d_head=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
             d_mlp=hf.intermediate_size,
             act_fn=hf.hidden_act,
             eps=hf.rms_norm_eps,
             normalization_type="RMS",
             final_rms=True,
             n_ctx=hf.max_position_embeddings,
-            attn_bias=hf.attention_bias,
-            mlp_bias=hf.mlp_bias,
             gated_mlp=True,
             d_vocab=hf.vocab_size,
             rope=dict(hf.rope_parameters or {}),
@@ -199,12 +256,14 @@ class DecoderConfig(TowerConfig):
             model_name=getattr(hf, "_name_or_path", "") or "",
             **ending_tokens(hf.to_dict()),
         )
-        return cls(**{**fields, **changes})
+        return cls(**{**fields, **cls.decoders[hf.model_type](hf), **changes})
 
     @property
     def max_positions(self) -> int | None:
         """Positions that a text may take; None where the rotary scaling stretches with the text."""
-        return None if self.rope.get("rope_type") == "dynamic" else self.n_ctx
+        if self.rope.get("rope_type") == "dynamic":
+            return self.window
+        return self.n_ctx if self.window is None else min(self.n_ctx, self.window)
 
     def rope_frequencies(self, seq_len: int | None = None) -> tuple[torch.Tensor, float]:
         """Inverse frequencies `[d_head / 2]` in fp32 and the factor on cos and sin, for a sequence of `seq_len`.
@@ -245,16 +304,32 @@ class DecoderConfig(TowerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaConfig(DecoderConfig):
-    """A decoder with a CLIP tower and a two-layer projector in front; `vision` is None for a plain Llama/Vicuna."""
+    """A decoder with a vision tower and a two-layer projector in front; `vision` is None for a decoder alone."""
+
+    families: ClassVar[tuple[str, ...]] = ("llava", *DECODERS)
+    """The `model_type`s of the checkpoints that this class reads."""
+    architecture: ClassVar[str] = "LlavaForConditionalGeneration"
+    """The name of the class in transformers."""
 
     image_token_id: int | None = None
     projector_act_fn: str = "gelu"
     projector_bias: bool = True
 
-    @property
+    @cached_property
     def tokens_per_image(self) -> int:
-        """Stream positions that one image takes; 0 for a model without a tower."""
-        return self.vision.n_features if self.vision else 0
+        """Stream positions that one picture takes, where that is always the same; 0 for a model without a tower."""
+        return self.layout().n_tokens if self.vision else 0
+
+    def layout(self, size: tuple[int, int] | None = None) -> Layout:
+        """How an image of this width and height (where those matter) stands in a prompt.
+
+        A subclass overrides it where images are cut, or take more tokens the larger they are; it raises `LensError`
+        where it needs a size and gets none.
+        """
+        if self.vision is None:
+            raise LensError("an image for a model without a vision tower")
+        picture = Picture(self.vision.token_grid, self.vision.keep_class_token)
+        return Layout(picture.n_tokens, (picture,))
 
     @property
     def fingerprint(self) -> str:
@@ -262,28 +337,37 @@ class LlavaConfig(DecoderConfig):
         facts = {name: value for name, value in asdict(self).items() if name not in NOT_ARCHITECTURE}
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-    @classmethod
-    def from_hf(cls, hf: Any, **changes: Any) -> LlavaConfig:
-        """Read a `LlavaConfig` of transformers, or a plain `LlamaConfig` (a decoder without a tower).
+    def check_pixels(self, shape: tuple[int, ...]) -> None:
+        """Raise `LensError` for pixel values `[picture, channel, height, width]` that the tower cannot see."""
+        assert self.vision is not None
+        side = self.vision.image_size
+        if shape[1:] != (self.vision.n_channels, side, side):
+            expected = f"[image, {self.vision.n_channels}, {side}, {side}]"
+            raise LensError(f"pixel values of shape {shape}; expected {expected}")
 
-        Raises `ValueError` for any other family, naming what was given.
+    @classmethod
+    def from_hf(cls: type[L], hf: Any, **changes: Any) -> L:
+        """Read the config of one of the `families`, or of a decoder alone where those are among them.
+
+        Raises `ValueError` for any other, naming what was given.
         """
-        if hf.model_type == "llama":
-            return super().from_hf(hf, **changes)  # type: ignore[return-value]
-        if hf.model_type != "llava":
-            raise ValueError(f"a {hf.model_type!r} checkpoint; expected 'llava' (CLIP + Llama) or 'llama'")
-        if hf.text_config.model_type != "llama" or hf.vision_config.model_type != "clip_vision_model":
-            raise ValueError(
-                f"a LLaVA of {hf.vision_config.model_type!r} and {hf.text_config.model_type!r}; "
-                "expected 'clip_vision_model' and 'llama'"
-            )
-        fields = dict(
-            vision=VisionConfig.from_hf(hf.vision_config, hf.vision_feature_layer, hf.vision_feature_select_strategy),
-            image_token_id=hf.image_token_index,
-            projector_act_fn=hf.projector_hidden_act,
-            projector_bias=hf.multimodal_projector_bias,
-            original_architecture="LlavaForConditionalGeneration",
+        if hf.model_type not in cls.families:
+            raise ValueError(f"a {hf.model_type!r} checkpoint; expected {' or '.join(map(repr, cls.families))}")
+        if hf.model_type in cls.decoders:
+            return super().from_hf(hf, **changes)
+        return super().from_hf(hf.text_config, **{**cls.facts_of(hf), **changes})
+
+    @classmethod
+    def facts_of(cls, hf: Any) -> dict[str, Any]:
+        """What the config says of tower, projector and image tokens. A subclass takes these and adds its own."""
+        layer = getattr(hf, "vision_feature_layer", -1)
+        select = getattr(hf, "vision_feature_select_strategy", "full")
+        return dict(
+            vision=VisionConfig.from_hf(hf.vision_config, layer, select),
+            image_token_id=hf.image_token_id,
+            projector_act_fn=getattr(hf, "projector_hidden_act", "gelu"),
+            projector_bias=getattr(hf, "multimodal_projector_bias", True),
+            original_architecture=cls.architecture,
             tie_word_embeddings=hf.tie_word_embeddings or hf.text_config.tie_word_embeddings,
             model_name=getattr(hf, "_name_or_path", "") or "",
         )
-        return super().from_hf(hf.text_config, **{**fields, **changes})  # type: ignore[return-value]

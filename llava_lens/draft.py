@@ -35,9 +35,10 @@ class Draft:
         self.model, self.stop, self.length, self.watched = model, stop, prompt.n_pos, watched
         batch, capacity, device = prompt.batch_size, prompt.n_pos + new, prompt.tokens.device
         self.text = F.pad(prompt.tokens.long(), (0, new))
-        self.mask, self.positions = padded_beyond(self.prompt, new)
+        self.mask = padded_beyond(self.prompt, new)
+        self.positions = model.positions(self.prompt, self.mask, new)
         self.longest = longest_row(prompt)
-        worthwhile = use_kv_cache and new >= WORTHWHILE
+        worthwhile = use_kv_cache and new >= WORTHWHILE and not model.follows_inputs
         self.fixed = model.graphs.step(model, batch, capacity) if worthwhile else None
         own = KVCache(model.cfg.n_layers, capacity) if use_kv_cache and self.fixed is None else None
         self.past = own if self.fixed is None else self.fixed.past
@@ -68,8 +69,9 @@ class Draft:
         written = self.length - self.prompt.n_pos
         positions = None
         if self.positions is not None:
-            positions = self.positions[:, seen : self.length]
-            tell(positions, REACH, (0, self.longest + written - 1))
+            positions = self.positions[..., seen : self.length]
+            if not self.model.follows_inputs:
+                tell(positions, REACH, (0, self.longest + written - 1))
         logits = self.model(
             self.inputs(seen) if written else self.prompt,
             past_kv_cache=self.past,
@@ -97,7 +99,8 @@ class Draft:
         """The text behind the first `seen` positions; what is not seen at all is the prompt with its picture."""
         tokens = self.text[:, seen : self.length]
         if not seen:
-            return Inputs(tokens, self.prompt.pixels, None if self.mask is None else self.mask[:, : self.length])
+            mask = None if self.mask is None else self.mask[:, : self.length]
+            return Inputs(tokens, self.prompt.pixels, mask, None, self.prompt.extras_over(self.length))
         if self.can_tell:
             tell_written(tokens, self.model.cfg.image_token_id)
         return Inputs(tokens)  # the cache remembers the padding
@@ -129,10 +132,7 @@ def longest_row(prompt: Inputs) -> int:
     return prompt.n_pos if prompt.attention_mask is None else mask_facts(prompt.attention_mask).longest
 
 
-def padded_beyond(prompt: Inputs, new: int) -> tuple[Tensor | None, Tensor | None]:
-    """Mask and positions of prompt and `new` more tokens; padding does not count. None twice without a mask."""
+def padded_beyond(prompt: Inputs, new: int) -> Int[Tensor, "batch pos"] | None:
+    """The mask of prompt and `new` more tokens, None where there is none."""
     mask = prompt.attention_mask
-    if mask is None:
-        return None, None
-    mask = F.pad(mask.long(), (0, new), value=1)
-    return mask, (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+    return None if mask is None else F.pad(mask.long(), (0, new), value=1)

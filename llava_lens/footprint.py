@@ -64,7 +64,7 @@ class Footprint:
         name = memory_of(self.model, hook.name or "", self.inputs)
         if axis is None and dtype == own:
             return Piece((name,), kept_numel(self.model.hook(name), self.sizes, None) * own.itemsize)
-        if hook.name in SHARED and not self.model.cfg.vision.keep_class_token:
+        if hook.name in SHARED and self.model.cfg.vision.keep_class_token < self.model.cfg.vision.class_token:
             name = SHARED[0]  # a part of the stream, which is converted by itself
         size = kept_numel(hook, self.sizes, self.cuts if axis is not None else None)
         which = None if axis is None else self.cuts.of(hook)[0]

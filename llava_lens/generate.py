@@ -206,7 +206,8 @@ def as_inputs(model: Any, prompt: Inputs, draft: Draft) -> Inputs:
         tokenizer = None if model.processor is None else model.tokenizer
         pairs = zip(prompt.roles, rows, strict=True)
         roles = tuple(answered(said, row, tokenizer).padded(after=length - len(said) - len(row)) for said, row in pairs)
-    return Inputs(draft.tokens.clone(), prompt.pixels, None if is_whole(mask) else mask, roles)
+    kept = None if is_whole(mask) else mask
+    return Inputs(draft.tokens.clone(), prompt.pixels, kept, roles, prompt.extras_over(length))
 
 
 def answered(roles: Roles, ids: list[int], tokenizer: Any = None) -> Roles:

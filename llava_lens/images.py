@@ -1,4 +1,4 @@
-"""Pictures on their way to pixel values, and the exact way back: which patch shows which part of the original.
+"""Images on their way to pixel values, with the exact map back to their pixels.
 
 Unusual: the pixel values come from Hugging Face's own image processor (the PIL one, so that they do not depend on
 torchvision), and the map beside them from the same settings in whole numbers, so no edge is off by a rounding.
@@ -10,25 +10,23 @@ import struct
 import warnings
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from llava_lens.errors import LensError, nearest
+from llava_lens.pictures import Axis, Layout, PixelMap
 
 MAX_PIXELS = 100_000_000
 """The largest picture that is decoded, padded or resized to, in pixels."""
 MAX_ASPECT = 100
 """The most that a picture's long side may exceed its short side by, as a factor."""
-
-PIL_CLASSES = ("CLIPImageProcessorPil", "LlavaImageProcessorPil")
-"""The image processors of transformers that are used here, by name: what defines them is imported late."""
 
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
@@ -140,124 +138,26 @@ def check_size(width: int, height: int, what: str) -> None:
         raise LensError(f"{what} is {width}×{height}; the long side may be {MAX_ASPECT} times the short one: crop it")
 
 
-@dataclass(frozen=True)
-class Axis:
-    """One axis of the way from a picture to its patches: pad, resize, crop, cut into `n` patches of `patch` pixels.
-
-    `size`, `padded` and `resized` are lengths in pixels; `pad` is added in front, `crop` is cut off in front after
-    the resize (negative: that many zeros were put in front).
-    """
-
-    size: int
-    pad: int
-    padded: int
-    resized: int
-    crop: int
-    n: int
-    patch: int
-
-    def to_source(self, u: int | float) -> float:
-        """The place in the original picture that ends up at `u` in the pixel values."""
-        return (u + self.crop) * self.padded / self.resized - self.pad
-
-    def patch_of(self, pixel: int) -> int | None:
-        """The patch that the centre of an original pixel falls into."""
-        unit = 2 * self.padded  # the centre, pixel + ½, in whole numbers of 1 / unit
-        at = (2 * (pixel + self.pad) + 1) * self.resized - self.crop * unit
-        index = at // (unit * self.patch)
-        return index if 0 <= index < self.n else None
-
-    def pixels_of(self, patch: int) -> slice:
-        """The original pixels that a patch covers, wholly or in part; empty for one in the padding."""
-        start = (patch * self.patch + self.crop) * self.padded - self.pad * self.resized
-        stop = start + self.patch * self.padded
-        first, last = start // self.resized, -(-stop // self.resized)
-        return slice(min(max(first, 0), self.size), min(max(last, 0), self.size))
-
-
-def grown(patches: Bool[np.ndarray, "row col"], buffer: int) -> Bool[np.ndarray, "row col"]:
-    """A choice of patches with `buffer` patches around each chosen one.
-
-    >>> grown(np.eye(3, dtype=bool), 1).tolist()
-    [[True, True, True], [True, True, True], [True, True, True]]
-    """
-    if buffer < 0:
-        raise LensError(f"a buffer of {buffer} patches; expected 0 or more")
-    near = [np.abs(np.subtract.outer(np.arange(n), np.arange(n))) <= buffer for n in patches.shape]
-    return near[0] @ patches @ near[1]
-
-
-@dataclass(frozen=True)
-class PixelMap:
-    """Where each patch of one prepared picture comes from, in pixels of the original; exact."""
-
-    x: Axis
-    y: Axis
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height of the original picture."""
-        return self.x.size, self.y.size
-
-    def box_of_patch(self, row: int, col: int) -> tuple[float, float, float, float]:
-        """The patch's box `(x0, y0, x1, y1)` in original pixels; outside the picture where that was padded."""
-        return self._box(slice(col, col + 1), slice(row, row + 1))
-
-    def region(self) -> tuple[float, float, float, float]:
-        """The box of all patches together: the part of the picture that the model sees."""
-        return self._box(slice(0, self.x.n), slice(0, self.y.n))
-
-    def _box(self, cols: slice, rows: slice) -> tuple[float, float, float, float]:
-        x, y = self.x, self.y
-        left, right = (x.to_source(c * x.patch) for c in (cols.start, cols.stop))
-        top, bottom = (y.to_source(r * y.patch) for r in (rows.start, rows.stop))
-        return left, top, right, bottom
-
-    def patch_of_pixel(self, x: int | float, y: int | float) -> tuple[int, int] | None:
-        """Row and column of the patch that shows the centre of pixel (`x`, `y`); None if that was cropped away."""
-        width, height = self.size
-        if not (0 <= x < width and 0 <= y < height):
-            raise LensError(f"pixel ({x}, {y}) is outside the picture of {width}×{height}")
-        row, col = self.y.patch_of(int(y)), self.x.patch_of(int(x))
-        return None if row is None or col is None else (row, col)
-
-    def patches_of_mask(self, mask: Shaped[np.ndarray, "height width"], buffer: int = 0) -> Bool[np.ndarray, "row col"]:
-        """The patches that a mask of the original picture touches, and those within `buffer` patches around them."""
-        if mask.shape != self.size[::-1] or mask.dtype != np.bool_:
-            expected = f"bool of shape {self.size[::-1]} (height, width)"
-            raise LensError(f"a mask of {mask.dtype} and shape {mask.shape}; expected {expected}, as the picture")
-        rows = np.stack([mask[self.y.pixels_of(r)].any(0) for r in range(self.y.n)])
-        touched = np.stack([rows[:, self.x.pixels_of(c)].any(1) for c in range(self.x.n)], 1)
-        return grown(touched, buffer)
-
-    def to_original(self, scores: Shaped[np.ndarray, "row col"]) -> Float[np.ndarray, "height width"]:
-        """One score per patch as one per pixel of the original picture; NaN where the picture was cropped away."""
-        if scores.shape != (self.y.n, self.x.n):
-            raise LensError(f"scores of shape {scores.shape}; expected {(self.y.n, self.x.n)}, one per patch")
-        out = np.full(self.size[::-1], np.nan)
-        rows, cols = ([axis.patch_of(i) for i in range(axis.size)] for axis in (self.y, self.x))
-        seen_y = np.array([r is not None for r in rows])
-        seen_x = np.array([c is not None for c in cols])
-        kept = np.ix_([r for r in rows if r is not None], [c for c in cols if c is not None])
-        out[np.ix_(seen_y, seen_x)] = np.asarray(scores, np.float64)[kept]
-        return out
-
-
 class ImageProcessor:
     """Hugging Face's PIL image processor of a checkpoint, with the map that belongs to it.
 
-    Made at the first picture: what transformers imports for it takes longer than loading a small model.
+    A subclass names the `classes` of transformers that it stands for, and for one that cuts images into tiles
+    overrides `pixels` and `layout`. The processor is made at the first picture: what transformers imports for it takes
+    longer than loading a small model. `patch_size` is the side of what one token shows, in pixel values.
     """
 
+    classes: tuple[str, ...] = ("CLIPImageProcessorPil", "LlavaImageProcessorPil")
+    """The image processors of transformers that are used here, by name: what defines them is imported late."""
+
     def __init__(self, hf: Any, image_size: int, patch_size: int):
-        pil_class_name(hf)
+        pil_class_name(hf, self.classes)
         self.given = hf
         self.image_size, self.patch_size = image_size, patch_size
 
     @cached_property
     def hf(self) -> Any:
         """The processor of transformers."""
-        return pil_processor(self.given)
+        return pil_processor(self.given, self.classes)
 
     @property
     def pads_to_square(self) -> bool:
@@ -266,8 +166,20 @@ class ImageProcessor:
     def __call__(self, images: Sequence[Image.Image]) -> tuple[Float[np.ndarray, "image 3 y x"], tuple[PixelMap, ...]]:
         """Pixel values `[image, channel, y, x]` and one map per picture. Raises `LensError` as `load_image` does."""
         maps = tuple(self.map(*image.size) for image in images)
-        upright = [image if self.hf.do_convert_rgb else image.convert("RGB") for image in images]
-        return self.hf(upright, return_tensors="np")["pixel_values"].astype(np.float32), maps
+        return self.hf(self.in_color(images), return_tensors="np")["pixel_values"].astype(np.float32), maps
+
+    def in_color(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+        """The images as the processor of transformers takes them."""
+        return [image if self.hf.do_convert_rgb else image.convert("RGB") for image in images]
+
+    def pixels(self, images: Sequence[Image.Image]) -> Float[np.ndarray, "picture 3 y x"]:
+        """Pixel values of every picture of every image, in order."""
+        return self(images)[0]
+
+    def layout(self, size: tuple[int, int], cfg: Any) -> Layout:
+        """How an image of this width and height stands in a prompt, its pictures with their maps."""
+        layout = cfg.layout(size)
+        return replace(layout, pictures=tuple(replace(p, map=self.map(*size)) for p in layout.pictures))
 
     def map(self, width: int, height: int) -> PixelMap:
         """The map of a picture of this size, without preparing it."""
@@ -279,7 +191,8 @@ class ImageProcessor:
             check_size(*padded, f"the picture of {width}×{height}, padded to a square,")
         resized = resized_size(self.hf.size, *padded) if self.hf.do_resize else padded
         check_size(*resized, f"the picture of {width}×{height}, resized for the model,")
-        crop = (self.hf.crop_size.width, self.hf.crop_size.height) if self.hf.do_center_crop else resized
+        crops = getattr(self.hf, "do_center_crop", False)
+        crop = (self.hf.crop_size.width, self.hf.crop_size.height) if crops else resized
         if crop != (self.image_size, self.image_size):
             expected = f"{self.image_size}×{self.image_size}, the tower's image_size"
             raise LensError(f"the image processor makes pictures of {crop[0]}×{crop[1]}; expected {expected}")
@@ -311,24 +224,25 @@ def resized_size(size: Any, width: int, height: int) -> tuple[int, int]:
     return new_width, new_height
 
 
-def pil_processor(hf: Any) -> Any:
-    """The PIL twin of a CLIP or LLaVA image processor, given as an object or as the settings in its JSON file."""
+def pil_processor(hf: Any, classes: Sequence[str]) -> Any:
+    """The PIL twin of an image processor, given as an object or as the settings in its JSON file."""
     import transformers
 
-    kind = getattr(transformers, pil_class_name(hf))
+    kind = getattr(transformers, pil_class_name(hf, classes))
     return hf if isinstance(hf, kind) else kind.from_dict(_settings_of(hf))
 
 
-def pil_class_name(hf: Any) -> str:
-    """The name of that twin's class. Raises `LensError` for any other image processor."""
+def pil_class_name(hf: Any, classes: Sequence[str]) -> str:
+    """The name of that twin's class, one of `classes`. Raises `LensError` for any other image processor."""
     for inherited in type(hf).__mro__:
-        if inherited.__name__ in PIL_CLASSES:
+        if inherited.__name__ in classes:
             return inherited.__name__
     settings = _settings_of(hf)
-    kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "CLIPImageProcessor"
+    kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or classes[0]
     name = kind.removesuffix("Fast").removesuffix("Pil").removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
-    if f"{name}ImageProcessorPil" not in PIL_CLASSES:
-        raise LensError(f"an image processor of type {kind!r}; expected CLIPImageProcessor or LlavaImageProcessor")
+    if f"{name}ImageProcessorPil" not in classes:
+        expected = " or ".join(each.removesuffix("Pil") for each in classes)
+        raise LensError(f"an image processor of type {kind!r}; expected {expected}")
     return f"{name}ImageProcessorPil"
 
 

@@ -1,4 +1,4 @@
-"""What a model takes: tokens, pixel values and the role of every position; and `prepare`, which makes them.
+"""What a model takes: tokens, pixel values and the role of every position (`prepare` makes them).
 
 Unusual: `Inputs` is a mapping with Hugging Face's names, so `model(inputs)`, `model(**inputs)` and, through `for_hf`,
 Hugging Face's own model all take the same object. What a check finds is remembered until a tensor is edited in place.
@@ -7,7 +7,7 @@ Hugging Face's own model all take the same object. What a check finds is remembe
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,12 +17,12 @@ from torch import Tensor
 from llava_lens.config import LlavaConfig
 from llava_lens.errors import LensError
 from llava_lens.facts import MaskFacts, carry, fact, is_whole, known, mask_facts, tell, token_facts
-from llava_lens.images import PixelMap, load_image
-from llava_lens.prompt import Encoded, Processor, Prompt, encode, render, spell
-from llava_lens.roles import Picture, Roles
+from llava_lens.pictures import Layout, in_a_row
+from llava_lens.prompt import spell
+from llava_lens.roles import Roles
 
-__all__ = ["Inputs", "Picture", "Processor", "Roles", "load_image", "prepare"]
-
+PER_TOKEN = {"token_type_ids": 1, "mm_token_type_ids": 0}
+"""Extras that hold a value for every token, and which a written one gets; the others hold one row for every image."""
 HF_NAMES = {"input_ids": "tokens", "pixel_values": "pixels", "attention_mask": "attention_mask", "roles": "roles"}
 
 
@@ -30,14 +30,17 @@ HF_NAMES = {"input_ids": "tokens", "pixel_values": "pixels", "attention_mask": "
 class Inputs(Mapping[str, Any]):
     """One batch for a model. `attention_mask` is None where nothing is padded; `roles` has one entry per row.
 
-    As a mapping it has the keys `input_ids`, `pixel_values`, `attention_mask` and `roles`, those that are not None.
-    Raises `LensError` when the parts do not belong together.
+    `pixels` holds a picture for each thing that the tower sees at once: an image, or each tile of one that is cut.
+    `extras` is what some models need beside them, by Hugging Face's names (`image_sizes`), one row per image.
+    As a mapping it has the keys `input_ids`, `pixel_values`, `attention_mask` and `roles`, those that are not None,
+    and the extras. Raises `LensError` when the parts do not belong together.
     """
 
     tokens: Int[Tensor, "batch pos"]
     pixels: Float[Tensor, "image channel height width"] | None = None
     attention_mask: Int[Tensor, "_batch _pos"] | None = None
     roles: tuple[Roles, ...] | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__  # type: ignore[assignment]
@@ -58,13 +61,14 @@ class Inputs(Mapping[str, Any]):
             raise LensError(f"pixels of {len(self.pixels)} images; the roles speak of {self.n_images}")
 
     def __getitem__(self, key: str) -> Any:
-        value = getattr(self, HF_NAMES[key]) if key in HF_NAMES else None
+        value = getattr(self, HF_NAMES[key]) if key in HF_NAMES else self.extras.get(key)
         if value is None:
             raise KeyError(f"{key!r}; there are {', '.join(self)}")
         return value
 
     def __iter__(self) -> Iterator[str]:
-        return (key for key, name in HF_NAMES.items() if getattr(self, name) is not None)
+        yield from (key for key, name in HF_NAMES.items() if getattr(self, name) is not None)
+        yield from self.extras
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -91,13 +95,13 @@ class Inputs(Mapping[str, Any]):
 
     @property
     def n_images(self) -> int:
-        """Images in all rows together."""
+        """Pictures in all rows together."""
         if self.roles is not None:
             return sum(roles.n_images for roles in self.roles)
         return 0 if self.pixels is None else len(self.pixels)
 
     def for_hf(self) -> dict[str, Tensor]:
-        """The tensors alone, for a model of transformers."""
+        """The tensors alone, for a model of transformers (`model.for_hf(inputs)` for one that lays them out anew)."""
         return {key: self[key] for key in self if key != "roles"}
 
     def with_roles(self, cfg: LlavaConfig, tokenizer: Any = None) -> Inputs:
@@ -105,8 +109,8 @@ class Inputs(Mapping[str, Any]):
         if self.roles is not None:
             return self
         mask = torch.ones_like(self.tokens) if self.attention_mask is None else self.attention_mask
-        rows = zip(self.tokens.tolist(), mask.tolist(), strict=True)
-        return replace(self, roles=tuple(_roles_of_tokens(ids, seen, cfg, tokenizer) for ids, seen in rows))
+        rows = zip(self.tokens.tolist(), mask.tolist(), self.layouts(cfg), strict=True)
+        return replace(self, roles=tuple(_roles_of_tokens(*row, cfg, tokenizer) for row in rows))
 
     def to(self, target: torch.device | torch.dtype | str) -> Inputs:
         """All tensors on another device, or the pixel values in another dtype; itself where that changes nothing."""
@@ -115,7 +119,10 @@ class Inputs(Mapping[str, Any]):
         names = ("tokens", "pixels", "attention_mask")
         held = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         moved = {name: carry(tensor, tensor.to(target)) for name, tensor in held.items()}
-        return self if all(moved[name] is held[name] for name in held) else replace(self, **moved)
+        extras = {name: carry(tensor, tensor.to(target)) for name, tensor in self.extras.items()}
+        same = all(moved[name] is held[name] for name in held)
+        same = same and all(extras[name] is self.extras[name] for name in extras)
+        return self if same else replace(self, **moved, extras=extras)
 
     def row(self, i: int) -> Inputs:
         """One sample alone, without its padding."""
@@ -131,7 +138,58 @@ class Inputs(Mapping[str, Any]):
             if known(pixels, "finite"):
                 tell(mine, "finite", True)
             pixels = mine if len(mine) else None
-        return Inputs(self.tokens[i : i + 1, keep.to(self.tokens.device)], pixels, None, roles)
+        keep = keep.to(self.tokens.device)
+        return Inputs(self.tokens[i : i + 1, keep], pixels, None, roles, self.extras_of(i, keep))
+
+    def extras_of(self, row: int, positions: Any = slice(None), cfg: LlavaConfig | None = None) -> dict[str, Tensor]:
+        """The extras of one row, of its images and of some of its positions; `cfg` where there are no roles."""
+        found: dict[str, Tensor] = {}
+        for name, values in self.extras.items():
+            if name in PER_TOKEN:
+                found[name] = values[row : row + 1, positions]
+            elif self.batch_size == 1:
+                found[name] = values
+            else:
+                counts = self._images_by_row(cfg)
+                first = sum(counts[:row])
+                if counts[row]:
+                    found[name] = values[first : first + counts[row]]
+        return found
+
+    def extras_over(self, length: int) -> dict[str, Tensor]:
+        """The extras of the same prompt when its text is as long as this, cut or with written tokens behind it."""
+        return {
+            name: torch.nn.functional.pad(values[:, :length], (0, max(0, length - self.n_pos)), value=PER_TOKEN[name])
+            if name in PER_TOKEN
+            else values
+            for name, values in self.extras.items()
+        }
+
+    def _images_by_row(self, cfg: LlavaConfig | None) -> list[int]:
+        if cfg is not None:
+            return [len(layouts) for layouts in self.layouts(cfg)]
+        return [roles.n_sources for roles in self._known_roles]
+
+    def layouts(self, cfg: LlavaConfig) -> list[list[Layout]]:
+        """How the images of each row stand in it, in order. Raises `LensError` where the image tokens do not fit them.
+
+        Where the size of an image matters, `extras["image_sizes"]` `[image, (height, width)]` says it.
+        """
+        if cfg.vision is None:
+            return [[] for _ in range(self.batch_size)]
+        found = token_facts(self.tokens, cfg.image_token_id).slots
+        if "image_sizes" not in self.extras:
+            layout = cfg.layout() if any(found) else Layout(1, ())
+            rows = [[layout] * (row // layout.n_tokens) for row in found]
+        else:
+            sizes = iter(fact(self.extras["image_sizes"], "sizes", lambda sizes: sizes.tolist()))
+            rows = [list(_filling(row, sizes, cfg)) for row in found]
+        taken = [sum(layout.n_tokens for layout in row) for row in rows]
+        if taken != found:
+            pairs = zip(found, taken, strict=True)
+            by_row = "; ".join(f"{have} image tokens, but its images take {take}" for have, take in pairs)
+            raise LensError(f"by row: {by_row}")
+        return rows
 
     @property
     def _known_roles(self) -> tuple[Roles, ...]:
@@ -161,10 +219,7 @@ class Inputs(Mapping[str, Any]):
         self._check_tokens(cfg)
         self._check_slots(cfg)
         if self.pixels is not None and cfg.vision is not None:
-            side = cfg.vision.image_size
-            if tuple(self.pixels.shape[1:]) != (cfg.vision.n_channels, side, side):
-                expected = f"[image, {cfg.vision.n_channels}, {side}, {side}]"
-                raise LensError(f"pixel values of shape {tuple(self.pixels.shape)}; expected {expected}")
+            cfg.check_pixels(tuple(self.pixels.shape))
             if not fact(self.pixels, "finite", lambda pixels: bool(torch.isfinite(pixels).all())):
                 raise LensError("pixel values that are not finite; expected numbers")
         return self
@@ -179,6 +234,11 @@ class Inputs(Mapping[str, Any]):
         n = 0 if self.pixels is None else len(self.pixels)
         if n and cfg.vision is None:
             raise LensError(f"{n} image{'s' * (n != 1)} for a model without a vision tower; expected none")
+        if "image_sizes" in self.extras and cfg.vision:
+            pictures = sum(len(layout.pictures) for row in self.layouts(cfg) for layout in row)
+            if pictures != n:
+                raise LensError(f"pixel values of {n} pictures; the images of these sizes are cut into {pictures}")
+            return
         each, found = cfg.tokens_per_image, token_facts(self.tokens, cfg.image_token_id).slots if cfg.vision else [0]
         if sum(found) != n * each or any(each and row % each for row in found):
             rows = f"; by row {', '.join(map(str, found))}" if len(found) > 1 else ""
@@ -192,7 +252,8 @@ class Inputs(Mapping[str, Any]):
         if cfg.max_positions is not None and longest > cfg.max_positions:
             images = max((r.labels.count("image") for r in self.roles or ()), default=0)
             raise LensError(
-                f"a prompt of {longest} tokens (up to {images} of them image tokens); the context holds {cfg.n_ctx}"
+                f"a prompt of {longest} tokens (up to {images} of them image tokens); "
+                f"the context holds {cfg.max_positions}"
             )
         low, high, _ = token_facts(self.tokens, cfg.image_token_id)
         if low <= high and not (low >= 0 and high < cfg.d_vocab):
@@ -208,6 +269,7 @@ class Inputs(Mapping[str, Any]):
         pixels: Float[Tensor, "image channel height width"] | None = None,
         attention_mask: Int[Tensor, "..."] | None = None,
         tokenizer: Any = None,
+        extras: Mapping[str, Tensor] | None = None,
     ) -> Inputs:
         """Wrap ready-made tokens; roles are then `image`, `padding` and `text`. Raises `LensError` as `check` does.
 
@@ -215,127 +277,40 @@ class Inputs(Mapping[str, Any]):
         """
         tokens = tokens[None] if tokens.ndim == 1 else tokens
         mask = attention_mask[None] if attention_mask is not None and attention_mask.ndim == 1 else attention_mask
-        inputs = cls(tokens, pixels, mask).check(cfg).with_roles(cfg, tokenizer)
+        inputs = cls(tokens, pixels, mask, None, extras or {}).check(cfg).with_roles(cfg, tokenizer)
         return replace(inputs, attention_mask=None) if mask is not None and is_whole(mask) else inputs
 
 
-def _roles_of_tokens(ids: list[int], mask: list[int], cfg: LlavaConfig, tokenizer: Any) -> Roles:
+def _filling(n: int, sizes: Iterator[Any], cfg: LlavaConfig) -> Iterator[Layout]:
+    """Layouts of images of these sizes (height, width) until they take `n` tokens."""
+    while n > 0 and (size := next(sizes, None)) is not None:
+        layout = cfg.layout((int(size[1]), int(size[0])))
+        n -= layout.n_tokens
+        yield layout
+
+
+def cut_from(layouts: list[Layout]) -> int | None:
+    """The number of images, where one of them is cut into several pictures."""
+    return None if all(len(layout.pictures) == 1 for layout in layouts) else len(layouts)
+
+
+def _roles_of_tokens(ids: list[int], mask: list[int], layouts: list[Layout], cfg: LlavaConfig, tokenizer: Any) -> Roles:
     labels = tuple(
         "padding" if not seen else "image" if cfg.vision and i == cfg.image_token_id else "text"
         for i, seen in zip(ids, mask, strict=True)
     )
     strings, text, spans = spell(tokenizer, ids) if tokenizer is not None else ((), "", ())
-    slots, each = labels.count("image"), cfg.tokens_per_image
-    return Roles(labels, strings, (_picture(cfg),) * (slots // each) if slots else (), text, spans)
+    return Roles(labels, strings, in_a_row(layouts), text, spans, cut_from(layouts))
 
 
-def _picture(cfg: LlavaConfig, pixel_map: PixelMap | None = None) -> Picture:
+def shown(inputs: Inputs, row: int, cfg: LlavaConfig) -> list[tuple[list[int], list[int]]]:
+    """For each picture of a row the positions of its tokens, and which of the picture's features each shows."""
     assert cfg.vision is not None
-    return Picture(cfg.vision.grid, cfg.vision.keep_class_token, pixel_map)
-
-
-def prepare(
-    processor: Any,
-    cfg: LlavaConfig,
-    question: Any,
-    image: Any = None,
-    answer: Any = "",
-    template: bool = True,
-    padding_side: str = "left",
-) -> Inputs:
-    """Questions and images as a model's inputs, with a role for every position.
-
-    `question` is a string or a list of them; `answer`, the same, is a start of the answer that the model goes on from.
-    `image` is a path, a PIL image or an array; a list of them for several images in one question; for a list of
-    questions, a list with an entry (None, one image or a list) per question, or one image for all. With
-    `template=False` the question is the whole prompt. Raises `LensError` for what a model of this config cannot take.
-    """
-    processor = Processor.from_hf(processor, cfg)
-    questions, images, answers = _as_batch(question, image, answer)
-    if padding_side not in ("left", "right"):
-        raise LensError(f"padding_side {padding_side!r}; expected 'left' or 'right'")
-    n = sum(map(len, images))
-    if n and (cfg.vision is None or processor.image is None):
-        raise LensError(f"{n} image{'s' * (n != 1)} for a model without a vision tower; expected none")
-    prompts = [
-        render(processor, q, len(pictures), a, template)
-        for q, pictures, a in zip(questions, images, answers, strict=True)
-    ]
-    encoded = [encode(processor, prompt, cfg) for prompt in prompts]
-    _refuse_long(encoded, images, cfg)
-    loaded = [load_image(picture) for pictures in images for picture in pictures]
-    pixels, maps = processor.image(loaded) if loaded and processor.image else (None, ())
-    rest = iter(maps)
-    rows = [
-        _roles(prompt, code, [_picture(cfg, next(rest)) for _ in pictures], processor, cfg)
-        for prompt, code, pictures in zip(prompts, encoded, images, strict=True)
-    ]
-    made = _padded(encoded, rows, None if pixels is None else torch.from_numpy(pixels), processor, padding_side)
-    return made.check(cfg)
-
-
-def _as_batch(question: Any, image: Any, answer: Any) -> tuple[list[str], list[list[Any]], list[str]]:
-    """Questions, the images of each, and the answers, as lists of one length."""
-    alone = isinstance(question, str)
-    questions = [question] if alone else list(question)
-    shared = not alone and not isinstance(image, list | tuple)
-    images = [image] if alone else [image] * len(questions) if shared else list(image)
-    answers = [answer] * len(questions) if isinstance(answer, str) else list(answer)
-    for what, values in (("question", questions), ("answer", answers)):
-        wrong = next((type(value).__name__ for value in values if not isinstance(value, str)), None)
-        if wrong:
-            raise LensError(f"{what} of type {wrong}; expected a string or a list of strings")
-    if not questions:
-        raise LensError("no question; expected a string or a list of strings")
-    for what, values in (("images", images), ("answers", answers)):
-        if len(values) != len(questions):
-            raise LensError(f"{len(values)} {what} for {len(questions)} questions; expected one entry per question")
-    return questions, [_list_of_images(entry) for entry in images], answers
-
-
-def _list_of_images(entry: Any) -> list[Any]:
-    if entry is None:
-        return []
-    return list(entry) if isinstance(entry, list | tuple) else [entry]
-
-
-def _refuse_long(encoded: list[Encoded], images: list[list[Any]], cfg: LlavaConfig) -> None:
-    for i, (code, pictures) in enumerate(zip(encoded, images, strict=True)):
-        if cfg.max_positions is not None and len(code.ids) > cfg.max_positions:
-            slots = len(pictures) * cfg.tokens_per_image
-            raise LensError(
-                f"question {i} takes {len(code.ids)} tokens, {len(code.ids) - slots} of text and {slots} of images; "
-                f"the context holds {cfg.n_ctx}"
-            )
-
-
-def _roles(prompt: Prompt, code: Encoded, pictures: list[Picture], processor: Processor, cfg: LlavaConfig) -> Roles:
-    labels = tuple(
-        "image" if pictures and i == cfg.image_token_id else prompt.label(*span)
-        for i, span in zip(code.ids, code.spans, strict=True)
-    )
-    vocabulary = len(processor.tokenizer)
-    tokens = tuple(
-        processor.tokenizer.convert_ids_to_tokens(i) if 0 <= i < vocabulary else processor.image_token for i in code.ids
-    )
-    return Roles(labels, tokens, tuple(pictures), prompt.text, tuple(code.spans))
-
-
-def _padded(
-    encoded: list[Encoded],
-    rows: list[Roles],
-    pixels: Float[Tensor, "image channel height width"] | None,
-    processor: Processor,
-    side: str,
-) -> Inputs:
-    tokenizer = processor.tokenizer
-    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    longest = max(len(code.ids) for code in encoded)
-    tokens = torch.full((len(encoded), longest), pad_id)
-    mask = torch.zeros_like(tokens)
-    for i, code in enumerate(encoded):
-        gap = longest - len(code.ids)
-        place = slice(gap, None) if side == "left" else slice(0, len(code.ids))
-        tokens[i, place], mask[i, place] = torch.tensor(code.ids), 1
-        rows[i] = rows[i].padded(before=gap) if side == "left" else rows[i].padded(after=gap)
-    return Inputs(tokens, pixels, None if bool(mask.all()) else mask, tuple(rows))
+    at = inputs.slots(cfg)[row].nonzero()[:, 0].tolist()
+    columns, found, start = cfg.vision.token_grid[1], [], 0
+    for layout in inputs.layouts(cfg)[row]:
+        for picture in layout.ranked():
+            where = [at[start + rank] for rank in picture.ranks or ()]
+            found.append((where, picture.features(columns)))
+        start += layout.n_tokens
+    return found

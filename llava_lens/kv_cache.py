@@ -34,7 +34,8 @@ class KVCache:
     """Rotated keys and values of the tokens seen so far, `[batch, kv_head, pos, d_head]` per layer.
 
     `capacity` is how many positions are to come, if that is known: room for them is made at the first write, but for
-    no more than twice what that holds.
+    no more than twice what that holds. `following` is the next rotary position of each row, `[batch, 1]`, where those
+    are not simply counted.
     """
 
     def __init__(self, n_layers: int, capacity: int | None = None):
@@ -42,6 +43,7 @@ class KVCache:
         self.entries: list[Entry | None] = [None] * n_layers
         self.rooms: list[Room | None] = [None] * n_layers
         self.attention_mask: Tensor | None = None
+        self.following: Tensor | None = None
         self._seen: tuple[Tensor | None, Tensor | None] = (None, None)
 
     @property

@@ -53,7 +53,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(cfg.d_model, width, bias=cfg.attn_bias)
         self.k_proj = nn.Linear(cfg.d_model, kv_width, bias=cfg.attn_bias)
         self.v_proj = nn.Linear(cfg.d_model, kv_width, bias=cfg.attn_bias)
-        self.o_proj = nn.Linear(width, cfg.d_model, bias=cfg.attn_bias)
+        self.o_proj = nn.Linear(width, cfg.d_model, bias=bool(cfg.attn_out_bias))
         self.hook_q = Hook("batch pos head d_head")
         self.hook_k = Hook("batch pos kv_head d_head")
         self.hook_v = Hook("batch pos kv_head d_head")
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         self.hook_result = Hook("batch pos head d_model")
         rotated = (self.hook_rot_q, self.hook_rot_k) if isinstance(cfg, DecoderConfig) else ()
         self.packed = Packed(self, "q_proj", "k_proj", "v_proj")
-        usual = type(self).keys_and_values is Attention.keys_and_values
+        usual = all(getattr(type(self), name) is getattr(Attention, name) for name in ("project", "keys_and_values"))
         self.qkv = Region(self.hook_q, self.hook_k, self.hook_v, *rotated, usual=usual, packed=self.packed)
         self.out = Packed(self, "o_proj")
 
@@ -279,12 +279,19 @@ class Block(nn.Module):
     ln2: Any
     mlp: Any
 
-    def __init__(self, cfg: TowerConfig, layer: int, norm: type[nn.Module], mlp: type[nn.Module]):
+    def __init__(
+        self,
+        cfg: TowerConfig,
+        layer: int,
+        norm: type[nn.Module],
+        mlp: type[nn.Module],
+        attention: type[Attention] = Attention,
+    ):
         super().__init__()
         self.hook_resid_pre = Hook("batch pos d_model")
         self.hook_attn_in = Hook("batch pos d_model")
         self.ln1 = norm(cfg)
-        self.attn = Attention(cfg, layer)
+        self.attn = attention(cfg, layer)
         self.hook_attn_out = Hook("batch pos d_model")
         self.hook_resid_mid = Hook("batch pos d_model")
         self.hook_mlp_in = Hook("batch pos d_model")
@@ -295,7 +302,7 @@ class Block(nn.Module):
         self.heads_sum = Region(
             self.attn.hook_result, self.hook_attn_out, packed=self.attn.out, owner=self, around=("attn",)
         )
-        self.biased = cfg.attn_bias
+        self.biased = bool(cfg.attn_out_bias)
         usual = (type(self).first_half, type(self).second_half) == (Block.first_half, Block.second_half)
         usual = usual and adds_as_it_norms(type(self.ln2))
         self.sum_and_norm = Region(*self.heads_sum.hooks, *self.held, usual=usual, owner=self, around=("attn", "ln2"))

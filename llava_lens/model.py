@@ -6,7 +6,7 @@ class attributes and overrides only the steps that differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -22,17 +22,19 @@ from llava_lens.generate import generate as continue_prompt
 from llava_lens.graphs import GraphRunner
 from llava_lens.hooked import HookedModel
 from llava_lens.hooks import Hook
-from llava_lens.inputs import Inputs, Processor
+from llava_lens.inputs import Inputs
 from llava_lens.kv_cache import KVCache
-from llava_lens.layers import Block, Embedding, GatedMLP, Mask
+from llava_lens.layers import Attention, Block, Embedding, GatedMLP, Mask
 from llava_lens.norms import RMSNorm
 from llava_lens.plan import Planned
 from llava_lens.projector import Projector
+from llava_lens.prompt import Processor
 from llava_lens.reading import InputReader
 from llava_lens.regions import Path
 from llava_lens.rotary import Rotary
 from llava_lens.shards import read_json
-from llava_lens.vision import Vision
+from llava_lens.vision import Vision as Tower
+from llava_lens.vision import tower
 from llava_lens.weights import LLAVA_TABLE, assign_state_dict, load_weights, open_checkpoint
 
 ReturnType = Literal["logits", "loss", "both"] | None
@@ -49,12 +51,22 @@ class HookedLlava(InputReader, Planned, HookedModel):
     """
 
     Config = LlavaConfig
-    Vision = Vision
+    Processor = Processor
+    Vision: Callable[[Any], Tower] = staticmethod(tower)
     Projector = Projector
+    Rotary = Rotary
+    Block = Block
+    Attention = Attention
     Norm = RMSNorm
     Mlp = GatedMLP
     weight_table = LLAVA_TABLE
     path: Path = "reference"
+    follows_inputs = False
+    """Whether positions or mask are of the class's own, and so depend on the inputs throughout; set by itself."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.follows_inputs = (cls.positions, cls.mask) != (HookedLlava.positions, HookedLlava.mask)
 
     def __init__(self, cfg: LlavaConfig, processor: Processor | None = None):
         super().__init__()
@@ -66,9 +78,11 @@ class HookedLlava(InputReader, Planned, HookedModel):
         self.embed = Embedding(cfg.d_vocab, cfg.d_model)
         self.hook_text_embed = Hook("batch pos d_model")
         self.hook_embed = Hook("batch pos d_model")
-        self.rotary = Rotary(cfg)
+        self.rotary = self.Rotary(cfg)
         self.graphs = GraphRunner()
-        self.blocks = nn.ModuleList(Block(cfg, layer, self.Norm, self.Mlp) for layer in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(
+            self.Block(cfg, layer, self.Norm, self.Mlp, self.Attention) for layer in range(cfg.n_layers)
+        )
         self.ln_final = self.Norm(cfg)
         self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
         self.hook_logits = Hook("batch pos d_vocab")
@@ -93,14 +107,14 @@ class HookedLlava(InputReader, Planned, HookedModel):
         `dtype` defaults to the checkpoint's. `vision_tower` names the separate tower of an original release. `hub`
         goes to the hub's download (`revision`, `token`, …). Raises `LensError` naming the weight or the file at fault.
         """
-        checkpoint = open_checkpoint(id_or_dir, vision_tower=vision_tower, **hub)
+        checkpoint = open_checkpoint(id_or_dir, vision_tower=vision_tower, families=cls.Config.families, **hub)
         generation = checkpoint.directory / "generation_config.json"
         ending = ending_tokens(read_json(generation)) if generation.is_file() else {}
         cfg = cls.Config.from_hf(checkpoint.config, model_name=str(id_or_dir), **ending)
         with torch.device("meta"):
             model = cls(cfg)
         load_weights(model, checkpoint, table=cls.weight_table, dtype=dtype, device=device)
-        model.processor = Processor.from_pretrained(checkpoint.directory, cfg)
+        model.processor = cls.Processor.from_pretrained(checkpoint.directory, cfg)
         return model.ready(attn_implementation)
 
     @classmethod
@@ -112,7 +126,7 @@ class HookedLlava(InputReader, Planned, HookedModel):
         with torch.device("meta"):
             model = cls(cls.Config.from_hf(config, **ending))
         assign_state_dict(model, hf_model.state_dict(), table=cls.weight_table)
-        model.processor = None if processor is None else Processor.from_hf(processor, model.cfg)
+        model.processor = None if processor is None else cls.Processor.from_hf(processor, model.cfg)
         implementation = (getattr(config, "text_config", None) or config)._attn_implementation
         return model.ready("eager" if implementation == "eager" else "sdpa")
 
@@ -180,18 +194,22 @@ class HookedLlava(InputReader, Planned, HookedModel):
             x, tokens, attention_mask = self.embed_inputs(inputs), inputs.tokens, inputs.attention_mask
         else:
             self.inputs_seen = None
+            inputs = self.inputs_beside(named) if self.follows_inputs else None
             x, tokens, attention_mask = self.read_stream(input, **named)
+        if self.follows_inputs and position_ids is None:
+            position_ids = self._next_positions(inputs, past_kv_cache, x)  # type: ignore[arg-type]
         attention_mask = attention_mask if past_and_new is None else past_and_new
         if past_kv_cache is not None:
             attention_mask = past_kv_cache.extend_mask(attention_mask, x, past_kv_cache.held_by(first, last))
         if stop_at_layer is not None or return_type is None:
-            x = self.run_blocks(x, first, last, attention_mask, position_ids, past_kv_cache)
+            x = self.run_blocks(x, first, last, attention_mask, position_ids, past_kv_cache, inputs)
             return x if stop_at_layer is not None else None
         plain = past_kv_cache is None and position_ids is None and isinstance(logits_to_keep, int)
+        plain = plain and not self.follows_inputs
         if plain and self.graphs.fits(self):
             logits = self.replay(x, first, last, attention_mask, logits_to_keep)  # type: ignore[arg-type]
         else:
-            x = self.run_blocks(x, first, last, attention_mask, position_ids, past_kv_cache)
+            x = self.run_blocks(x, first, last, attention_mask, position_ids, past_kv_cache, inputs)
             logits = self.read_out(x, logits_to_keep)
         if return_type == "logits":
             return logits
@@ -204,7 +222,8 @@ class HookedLlava(InputReader, Planned, HookedModel):
         tokens = tokens.masked_fill(slots, 0) if self.image_token_is_outside else tokens
         x = self.hook_text_embed(self.embed_tokens(tokens))
         if inputs.pixels is not None:
-            x = self.splice(x, slots, self.graphs(self, "image", self.encode_image, inputs.pixels))
+            image = self.graphs(self, "image", self.encode_image, inputs.pixels)
+            x = self.splice(x, slots, self.arrange(image, inputs))
         return self.hook_embed(x)
 
     @property
@@ -222,6 +241,13 @@ class HookedLlava(InputReader, Planned, HookedModel):
         """What the decoder gets to see of each picture."""
         return self.projector(self.vision(pixels))
 
+    def arrange(self, image: Float[Tensor, "image feature d_model"], inputs: Inputs) -> Tensor:
+        """The features in the order of the image tokens, `[…, d_model]`; all of them, one picture after another.
+
+        A subclass whose `layout` says that some are left out, or stand in another order, says it here for the tensors.
+        """
+        return image
+
     def splice(
         self, text: Float[Tensor, "batch pos d_model"], slots: Bool[Tensor, "batch pos"], image: Tensor
     ) -> Float[Tensor, "batch pos d_model"]:
@@ -236,14 +262,15 @@ class HookedLlava(InputReader, Planned, HookedModel):
         attention_mask: Tensor | None,
         positions: Tensor | None,
         past: KVCache | None,
+        inputs: Inputs | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The stream before block `last`, given the one before block `first`."""
+        """The stream before block `last`, given the one before block `first`; `inputs` are those it comes from."""
         seen = past.held_by(first, last) if past is not None else 0
         if positions is None:
             angles = self.rotary.span(seen, seen + x.shape[1], x.dtype, x.device)
         else:
             angles = self.rotary(positions, x.dtype)
-        mask = self.mask(attention_mask, seen, x)
+        mask = self.mask(attention_mask, seen, x, inputs)
         for block in self.blocks[first:last]:
             x = block(x, mask, angles, past)
         return x
@@ -260,8 +287,35 @@ class HookedLlava(InputReader, Planned, HookedModel):
         masks = () if attention_mask is None else (attention_mask,)
         return self.graphs(self, ("logits", first, last, keep, whole), rest, x, *masks)
 
-    def mask(self, attention_mask: Int[Tensor, "batch key"] | None, seen: int, x: Tensor) -> Mask:
-        """Causal, and blind to padding; no tensor is built where causality alone says it all."""
+    def positions(
+        self, inputs: Inputs, mask: Int[Tensor, "batch total"] | None = None, beyond: int = 0
+    ) -> Int[Tensor, "*axes batch total"] | None:
+        """The rotary positions of a prompt and of `beyond` tokens after it; None: 0, 1, 2 … for every row.
+
+        `mask` is given where padding must not be counted, as in generation. Both count from 0 here.
+        """
+        return None if mask is None else (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+
+    def _next_positions(self, inputs: Inputs, past: KVCache | None, x: Tensor) -> Tensor:
+        """Positions of the class's own; behind a cache they go on from its last ones."""
+        if past is not None and past.length and past.following is not None:
+            found = past.following + torch.arange(x.shape[1], device=x.device)
+        else:
+            found = self.positions(inputs)
+        if found is None:
+            found = torch.arange(x.shape[1], device=x.device)[None]
+        if past is not None:
+            top = found.amax(-1, keepdim=True) + 1
+            past.following = top if top.ndim == 2 else top.amax(0, keepdim=True).expand_as(top)
+        return found
+
+    def mask(
+        self, attention_mask: Int[Tensor, "batch key"] | None, seen: int, x: Tensor, inputs: Inputs | None = None
+    ) -> Mask:
+        """Causal, and blind to padding; no tensor is built where causality alone says it all.
+
+        `attention_mask` covers the `seen` positions in the cache and those of `x`; `inputs` are those of this run.
+        """
         length = x.shape[1]
         if attention_mask is not None and attention_mask.shape != (len(x), seen + length):
             raise LensError(f"attention_mask {tuple(attention_mask.shape)}: expected {(len(x), seen + length)}")

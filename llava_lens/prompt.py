@@ -8,21 +8,33 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from PIL import Image
+from torch import Tensor
 
 from llava_lens.config import LlavaConfig
 from llava_lens.errors import LensError, nearest
 from llava_lens.images import ImageProcessor
+from llava_lens.pictures import Layout
 
 Span = tuple[int, int]
+P = TypeVar("P", bound="Processor")
 MARK = "7f3a question 7f3a"  # stands for the question to find its place in a template
 
 
 @dataclass(frozen=True)
 class Processor:
-    """A checkpoint's tokenizer, image processor (None without a tower) and chat template (None: Vicuna's)."""
+    """A checkpoint's tokenizer, image processor (None without a tower) and chat template (None: Vicuna's).
+
+    A subclass names its `Images`, and overrides `expansion` or `render` where its prompts are written differently.
+    """
+
+    Images: ClassVar[type[ImageProcessor]] = ImageProcessor
 
     tokenizer: Any
     image: ImageProcessor | None = None
@@ -36,7 +48,7 @@ class Processor:
             )
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, cfg: LlavaConfig, **kwargs: Any) -> Processor:
+    def from_pretrained(cls: type[P], source: str | Path, cfg: LlavaConfig, **kwargs: Any) -> P:
         """Read a checkpoint's folder or hub name; `kwargs` (revision, local_files_only …) go to transformers.
 
         A release without image settings gets CLIP's at the tower's size, padded to a square where its config says so.
@@ -51,19 +63,49 @@ class Processor:
         template = _text_of(source, "chat_template.jinja", **kwargs)
         template = template or _json_of(source, "chat_template.json", **kwargs).get("chat_template")
         template = template or whole.get("chat_template") or tokenizer.chat_template
-        return cls(tokenizer, _image_processor(settings, cfg), template, whole.get("image_token", "<image>"))
+        word = whole.get("image_token") or getattr(tokenizer, "image_token", None) or cls.image_token
+        return cls(tokenizer, cls.image_processor(settings, cfg), template, word)
 
     @classmethod
-    def from_hf(cls, hf: Any, cfg: LlavaConfig) -> Processor:
+    def from_hf(cls: type[P], hf: Any, cfg: LlavaConfig) -> P:
         """Wrap a `LlavaProcessor` of transformers, or a tokenizer alone (then CLIP's settings at the tower's size)."""
-        if isinstance(hf, Processor):
+        if isinstance(hf, cls):
             return hf
         tokenizer = getattr(hf, "tokenizer", None) or hf
         if not callable(tokenizer) or not hasattr(tokenizer, "convert_ids_to_tokens"):
             raise LensError(f"a processor of type {type(hf).__name__}; expected a LlavaProcessor or a tokenizer")
         template = getattr(hf, "chat_template", None) or getattr(tokenizer, "chat_template", None)
-        image = _image_processor(getattr(hf, "image_processor", None) or {}, cfg)
-        return cls(tokenizer, image, template, getattr(hf, "image_token", None) or "<image>")
+        image = cls.image_processor(getattr(hf, "image_processor", None) or {}, cfg)
+        return cls(tokenizer, image, template, getattr(hf, "image_token", None) or cls.image_token)
+
+    @classmethod
+    def image_processor(cls, settings: Any, cfg: LlavaConfig) -> ImageProcessor | None:
+        """The image processor with these settings (or around this one of transformers); None without a tower."""
+        if cfg.vision is None:
+            return None
+        if not settings or isinstance(settings, dict):
+            side = cfg.vision.image_size
+            settings = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}} | (
+                settings or {}
+            )
+        return cls.Images(settings, cfg.vision.image_size, cfg.vision.patch_size * cfg.vision.merge)
+
+    def layout(self, image: Image.Image, cfg: LlavaConfig) -> Layout:
+        """How an image stands in a prompt. Raises `LensError` as `load_image` does for a size that is no use."""
+        assert self.image is not None
+        return self.image.layout(image.size, cfg)
+
+    def extras(self, images: Sequence[Image.Image], inputs: Any, cfg: LlavaConfig) -> dict[str, Tensor]:
+        """What the model needs beside tokens and pixel values, by Hugging Face's names."""
+        return {}
+
+    def expansion(self, layout: Layout) -> str:
+        """What an image's placeholder is replaced by in the text: a word for each of its tokens."""
+        return self.image_token * layout.n_tokens
+
+    def render(self, question: str, n_images: int, answer: str = "", template: bool = True) -> Prompt:
+        """The text of a prompt, each image one placeholder."""
+        return render(self, question, n_images, answer, template)
 
     def knows_image_token(self, cfg: LlavaConfig) -> bool:
         """Whether the tokenizer has a word for an image; raises `LensError` if it is not the config's."""
@@ -88,15 +130,6 @@ def _text_of(source: str | Path, name: str, **kwargs: Any) -> str | None:
 
 def _json_of(source: str | Path, name: str, **kwargs: Any) -> dict[str, Any]:
     return json.loads(_text_of(source, name, **kwargs) or "{}")
-
-
-def _image_processor(settings: Any, cfg: LlavaConfig) -> ImageProcessor | None:
-    if cfg.vision is None:
-        return None
-    if not settings or isinstance(settings, dict):
-        side = cfg.vision.image_size
-        settings = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, **(settings or {})}
-    return ImageProcessor(settings, cfg.vision.image_size, cfg.vision.patch_size)
 
 
 class Prompt(NamedTuple):
@@ -198,42 +231,58 @@ class Encoded(NamedTuple):
     spans: list[Span]
 
 
-def encode(processor: Processor, prompt: Prompt, cfg: LlavaConfig) -> Encoded:
-    """Tokenize a prompt, each placeholder expanded to the image's tokens. Raises `LensError` for unknown words."""
+def encode(processor: Processor, prompt: Prompt, cfg: LlavaConfig, layouts: Sequence[Layout] | None = None) -> Encoded:
+    """Tokenize a prompt, each placeholder expanded to the image's tokens. Raises `LensError` for unknown words.
+
+    `layouts` are those of the images, in order; without them every image stands as `cfg.layout()` says.
+    """
     bos = processor.tokenizer.bos_token
     special = not (bos and prompt.text.startswith(bos))
+    if layouts is None:
+        count = prompt.text.count(processor.image_token) if cfg.vision is not None else 0
+        layouts = [cfg.layout()] * count if count else []
     known = processor.knows_image_token(cfg)
-    encoded = (_encode_whole if known else _encode_chunks)(processor, prompt.text, cfg, special)
+    encoded = (_encode_whole if known else _encode_chunks)(processor, prompt.text, cfg, special, layouts)
     _refuse_unknown(processor.tokenizer, prompt.text, encoded)
     return encoded
 
 
-def _encode_whole(processor: Processor, text: str, cfg: LlavaConfig, special: bool) -> Encoded:
+def _encode_whole(
+    processor: Processor, text: str, cfg: LlavaConfig, special: bool, layouts: Sequence[Layout]
+) -> Encoded:
     """For a tokenizer with a word for an image: all in one go, as Hugging Face does."""
-    token, n = processor.image_token, cfg.tokens_per_image
-    expanded = text.replace(token, token * n)
-    ids, spans = _call(processor.tokenizer, expanded, special)
-    starts = [m.start() for m in re.finditer(re.escape(token), text)]
-    shift, seen = (n - 1) * len(token), 0
-    for i, token_id in enumerate(ids):
-        if token_id == cfg.image_token_id and starts:
-            start = starts[seen // n]
-            spans[i], seen = (start, start + len(token)), seen + 1
-        else:
-            images = seen // n if n else 0
-            spans[i] = (spans[i][0] - images * shift, spans[i][1] - images * shift)
+    token = processor.image_token
+    expanded, at = "", 0
+    edges: list[int] = [0]
+    kept: list[tuple[int, Span | None]] = [
+        (0, None)
+    ]  # where each stretch of the expanded text starts: its shift, or its placeholder
+    for match, layout in zip(re.finditer(re.escape(token), text), layouts, strict=False):
+        expanded += text[at : match.start()]
+        edges.append(len(expanded))
+        kept.append((0, match.span()))
+        expanded, at = expanded + processor.expansion(layout), match.end()
+        edges.append(len(expanded))
+        kept.append((at - len(expanded), None))
+    ids, spans = _call(processor.tokenizer, expanded + text[at:], special)
+    for i, (start, end) in enumerate(spans):
+        shift, placeholder = kept[bisect_right(edges, start) - 1] if start < end else (0, None)
+        spans[i] = placeholder or (start + shift, end + shift)
     return Encoded(ids, _placed(spans))
 
 
-def _encode_chunks(processor: Processor, text: str, cfg: LlavaConfig, special: bool) -> Encoded:
+def _encode_chunks(
+    processor: Processor, text: str, cfg: LlavaConfig, special: bool, layouts: Sequence[Layout]
+) -> Encoded:
     """For a vocabulary without such a word: the text between images one by one, as the original release does."""
     ids: list[int] = []
     spans: list[Span] = []
     at = 0
     for i, chunk in enumerate(text.split(processor.image_token)):
         if i:
-            ids += [cfg.image_token_id or 0] * cfg.tokens_per_image
-            spans += [(at - len(processor.image_token), at)] * cfg.tokens_per_image
+            n = layouts[i - 1].n_tokens if i <= len(layouts) else 0
+            ids += [cfg.image_token_id or 0] * n
+            spans += [(at - len(processor.image_token), at)] * n
         if chunk or not i:
             new_ids, new_spans = _call(processor.tokenizer, chunk, special)
             skip = int(bool(i) and special and new_ids[:1] == [processor.tokenizer.bos_token_id])

@@ -63,7 +63,7 @@ CLIP_TABLE: Table = (
     Fold("encoder.", "tower:encoder."),
     Fold("post_layernorm.", "tower:post_layernorm."),
     Row("tower:embeddings.class_embedding", "vision.class_embed"),
-    Row("tower:embeddings.patch_embedding.weight", "vision.patch_embed.weight"),
+    Row("tower:embeddings.patch_embedding.{p}", "vision.patch_embed.{p}"),
     Row("tower:embeddings.position_embedding.weight", "vision.pos_embed.weight"),
     Row("tower:pre_layrnorm.{p}", "vision.ln_pre.{p}"),
     Row("tower:encoder.layers.{l}.layer_norm1.{p}", "vision.blocks.{l}.ln1.{p}"),
@@ -74,8 +74,9 @@ CLIP_TABLE: Table = (
     Row("tower:encoder.layers.{l}.mlp.fc2.{p}", "vision.blocks.{l}.mlp.out_proj.{p}"),
     Unused("tower:embeddings.position_ids"),
     Unused("tower:post_layernorm.{p}"),
+    Unused("tower:head.{any}"),
 )
-"""CLIP's vision tower."""
+"""CLIP's vision tower, and SigLIP's."""
 
 LLAVA_TABLE: Table = (
     *LLAMA_TABLE,

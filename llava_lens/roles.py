@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llava_lens.errors import LensError, nearest
-from llava_lens.images import Axis, PixelMap
+from llava_lens.pictures import Axis, Picture, PixelMap
 
 LABELS = ("system", "image", "question", "answer", "template", "text", "padding")
 """`system` stands before the question, `template` after it; `text` is text whose role is unknown."""
@@ -27,23 +27,11 @@ SELECTORS["all"] = (*SELECTORS["text"], "image")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One image of a prompt: its grid of patches, a class token in front or not, and the way back to its pixels."""
-
-    grid: tuple[int, int]
-    class_token: bool = False
-    map: PixelMap | None = None
-
-    @property
-    def n_tokens(self) -> int:
-        return self.grid[0] * self.grid[1] + self.class_token
-
-
-@dataclass(frozen=True)
 class Roles:
     """The roles of one batch row; every position is counted with the row's padding.
 
     `labels` holds one of `LABELS` per position, `tokens` the tokenizer's strings, `spans` each token's place in `text`.
+    `cut_from` is the number of images that the pictures are cut from; None: each picture is an image.
     """
 
     labels: tuple[str, ...]
@@ -51,13 +39,16 @@ class Roles:
     pictures: tuple[Picture, ...] = ()
     text: str = ""
     spans: tuple[tuple[int, int], ...] = ()
+    cut_from: int | None = None
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.labels) - set(LABELS))
         if unknown:
             raise LensError(f"roles {unknown}; expected {', '.join(LABELS)}")
         slots, tokens = self.labels.count("image"), sum(picture.n_tokens for picture in self.pictures)
-        if slots != tokens:
+        ranks = [rank for picture in self.pictures for rank in picture.ranks or ()]
+        apart = bool(ranks) and len(ranks) == tokens == len(set(ranks)) and max(ranks) < slots
+        if not apart and slots != tokens:
             raise LensError(f"{slots} image positions; the {len(self.pictures)} images take {tokens}")
         for name, values in (("tokens", self.tokens), ("spans", self.spans)):
             if values and len(values) != len(self.labels):
@@ -73,6 +64,11 @@ class Roles:
     @property
     def n_images(self) -> int:
         return len(self.pictures)
+
+    @property
+    def n_sources(self) -> int:
+        """Images that the pictures are cut from; as many as pictures where none is cut."""
+        return len(self.pictures) if self.cut_from is None else self.cut_from
 
     @property
     def last(self) -> int:
@@ -99,9 +95,16 @@ class Roles:
         if image is not None:
             if role != "image":
                 raise LensError(f"role {role!r} of image {image}: only the role 'image' belongs to an image")
-            start = sum(picture.n_tokens for picture in self.pictures[: self._index(image)])
-            chosen = chosen[start : start + self.picture(image).n_tokens]
+            chosen = [chosen[rank] for rank in self._ranks(image)]
         return torch.tensor(chosen, dtype=torch.long)
+
+    def _ranks(self, image: int) -> Sequence[int]:
+        """Which of the image positions belong to one picture."""
+        picture = self.picture(image)
+        if picture.ranks is not None:
+            return picture.ranks
+        start = sum(before.n_tokens for before in self.pictures[:image])
+        return range(start, start + picture.n_tokens)
 
     def patch_positions(self, image: int = 0) -> Int[Tensor, "row col"]:
         """The position of every patch of one image, without its class token."""
@@ -118,18 +121,18 @@ class Roles:
         return int(self.patch_positions(image)[row, col])
 
     def patch_of(self, position: int) -> tuple[int, int, int] | None:
-        """`(image, row, col)` of a position; None where no patch stands (text, padding, a class token)."""
+        """`(image, row, col)` of a position; None where none stands (text, padding, a class token, a line's end)."""
         if not 0 <= position < len(self):
             raise LensError(f"position {position}; expected 0 … {len(self) - 1}")
         if self.labels[position] != "image":
             return None
         nth = self.labels[:position].count("image")
         for image, picture in enumerate(self.pictures):
-            if nth < picture.n_tokens:
-                patch = nth - picture.class_token
+            ranks = self._ranks(image)
+            if nth in ranks:
+                patch = ranks.index(nth) - picture.class_token
                 return None if patch < 0 else (image, *divmod(patch, picture.grid[1]))
-            nth -= picture.n_tokens
-        raise AssertionError("image positions and pictures disagree")
+        return None
 
     def positions_of(self, word: str) -> Int[Tensor, "selected"]:
         """Positions of every token of every occurrence of a word (or words) in the question and the given answer.
@@ -241,7 +244,11 @@ class Roles:
         facts["spans"] = tuple((start, end) for start, end in facts["spans"])
         facts["pictures"] = tuple(
             Picture(
-                tuple(p["grid"]), p["class_token"], p["map"] and PixelMap(Axis(**p["map"]["x"]), Axis(**p["map"]["y"]))
+                tuple(p["grid"]),
+                p["class_token"],
+                p["map"] and PixelMap(Axis(**p["map"]["x"]), Axis(**p["map"]["y"])),
+                tuple(p.get("offset", (0, 0))),
+                None if p.get("ranks") is None else tuple(p["ranks"]),
             )
             for p in facts["pictures"]
         )

@@ -20,7 +20,8 @@ from llava_lens.analysis.attribution.readout import Readout
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
 from llava_lens.kernels import shift
-from llava_lens.roles import Picture, Roles
+from llava_lens.pictures import Picture
+from llava_lens.roles import Roles
 
 ODD = ["plain", "grouped", "wide_grouped_heads", "tied", "attention_bias", "mlp_bias", "eps_1e-6", "full"]
 CLOSE = 2e-5

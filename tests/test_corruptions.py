@@ -28,7 +28,7 @@ from llava_lens.analysis.interventions.corruptions import (
 from llava_lens.analysis.interventions.study import read
 from llava_lens.analysis.interventions.where import Patches
 from llava_lens.errors import LensError
-from llava_lens.inputs import prepare
+from llava_lens.preparation import prepare
 from llava_lens.sweep import Row
 
 TWO = (1, 2)

@@ -16,7 +16,8 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 
 from llava_lens.errors import LensError
-from llava_lens.images import MAX_PIXELS, Axis, ImageProcessor, NoSuchImage, load_image, resized_size
+from llava_lens.images import MAX_PIXELS, ImageProcessor, NoSuchImage, load_image, resized_size
+from llava_lens.pictures import Axis
 
 SIDE, PATCH = 24, 6
 SIZES = [(24, 24), (25, 24), (24, 31), (97, 41), (41, 97), (7, 5), (13, 40), (200, 3), (48, 48), (1, 1)]

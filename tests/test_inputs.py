@@ -24,7 +24,11 @@ from transformers import LlavaConfig as HfLlavaConfig
 
 from llava_lens.config import LlavaConfig
 from llava_lens.errors import LensError
-from llava_lens.inputs import Inputs, Picture, Processor, Roles, prepare
+from llava_lens.inputs import Inputs
+from llava_lens.pictures import Picture
+from llava_lens.preparation import prepare
+from llava_lens.prompt import Processor
+from llava_lens.roles import Roles
 
 SIDE, PATCH = 24, 8  # 3 × 3 patches
 SLOT = "<image>\n"

@@ -20,11 +20,10 @@ from PIL import Image
 from llava_lens import Explanation, HookedLlava, explain
 from llava_lens.analysis import Scores
 from llava_lens.errors import LensError
-from llava_lens.images import Axis, PixelMap
 from llava_lens.page import explanation_page
 from llava_lens.page.parts import bars
+from llava_lens.pictures import Axis, Picture, PixelMap
 from llava_lens.plots.canvas import colour_limits, painted
-from llava_lens.roles import Picture
 from llava_lens.tiny import render_scene
 
 QUESTION = "What is the color of the circle?"

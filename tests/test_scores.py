@@ -19,7 +19,8 @@ from llava_lens.analysis import Scores
 from llava_lens.analysis.intervals import bootstrap
 from llava_lens.analysis.scores import stacked
 from llava_lens.errors import LensError
-from llava_lens.roles import Picture, Roles
+from llava_lens.pictures import Picture
+from llava_lens.roles import Roles
 
 ROLES = Roles(("system", "image", "image", "question"), ("<s>", "<image>", "<image>", "dog"), (Picture((1, 2)),))
 OTHER = Roles(

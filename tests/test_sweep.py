@@ -282,8 +282,8 @@ def test_whoever_else_is_in_the_forward_pass_is_seen(what, monkeypatch):
 class Doubled(HookedLlava):
     """A forward pass of its own: blocks that are run twice."""
 
-    def run_blocks(self, x, first, last, attention_mask, positions, past):
-        x = super().run_blocks(x, first, last, attention_mask, positions, past)
+    def run_blocks(self, x, first, last, attention_mask, positions, past, inputs=None):
+        x = super().run_blocks(x, first, last, attention_mask, positions, past, inputs)
         return x * 2.0
 
 

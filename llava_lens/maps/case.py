@@ -176,7 +176,34 @@ class Case:
     ) -> Float[Tensor, "run d_vocab"]:
         """Logits at the last position of runs that start in the first layer; keys that are not `seen` are blocked."""
         mask = torch.ones(stream.shape[:2], dtype=torch.long, device=stream.device) if seen is None else seen
-        return self.model(stream, start_at_layer=0, attention_mask=mask, logits_to_keep=1)[:, -1]
+        n = len(stream)
+        beside = {"input_ids": self.inputs.tokens.repeat(n, 1), **self._extras(n)} if self.model.follows_inputs else {}
+        return self.model(
+            stream, start_at_layer=0, attention_mask=mask, position_ids=self.positions, logits_to_keep=1, **beside
+        )[:, -1]
+
+    @cached_property
+    def positions(self) -> Tensor | None:
+        """The rotary positions of the row, None where they are simply counted."""
+        return self.model.positions(self.inputs)
+
+    def through_blocks(
+        self, x: Float[Tensor, "1 pos d_model"], first: int, last: int
+    ) -> Float[Tensor, "1 pos d_model"]:
+        """The stream before block `last`, given the one before block `first`."""
+        return self.model.run_blocks(x, first, last, None, self.positions, None, self.inputs)
+
+    @property
+    def side(self) -> int:
+        """Pixels along one side of a patch."""
+        return self.model.cfg.vision.patch_size * self.model.cfg.vision.merge
+
+    @cached_property
+    def area(self) -> tuple[slice, slice]:
+        """The rows and columns of pixels that the patches cover together."""
+        (rows, cols), picture = self.grid, self.roles.picture(self.image)
+        first = picture.box(0, 0, self.side)
+        return tuple(slice(at.start, at.start + n * self.side) for at, n in zip(first, (rows, cols), strict=True))  # type: ignore[return-value]
 
     def from_pictures(self, pictures: Float[Tensor, "run channel height width"]) -> Float[Tensor, "run d_vocab"]:
         """Logits at the last position of runs that see other pictures in this one's place."""
@@ -184,8 +211,13 @@ class Case:
         assert pixels is not None
         several = [pictures if i == self.image else pixels[i].expand_as(pictures) for i in range(len(pixels))]
         tokens = self.inputs.tokens.repeat(n, 1)
-        inputs = replace(self.inputs, tokens=tokens, pixels=torch.stack(several, 1).flatten(0, 1), roles=None)
+        pixels = torch.stack(several, 1).flatten(0, 1)
+        inputs = replace(self.inputs, tokens=tokens, pixels=pixels, roles=None, extras=self._extras(n))
         return self.model(inputs, logits_to_keep=1)[:, -1]
+
+    def _extras(self, n: int) -> dict[str, Tensor]:
+        """The extras of `n` copies of the row."""
+        return {name: extra.repeat(n, *[1] * (extra.ndim - 1)) for name, extra in self.inputs.extras.items()}
 
     def runs_at_once(self, pixels: bool = False, graph: bool = False, max_bytes: int = MAX_BYTES) -> int:
         """How many runs fit a budget: stream, projections, MLP and attention of one layer, or of all on the graph."""

@@ -95,7 +95,6 @@ def by_patch(case: Case, at: str, values: Places) -> Float[Tensor, " patch"]:
     """Sums over each patch; pixels that no patch covers, and what is not an image token, are left out."""
     if at == "embedding":
         return values[0, case.patches].sum(-1)
-    (rows, cols), side = case.grid, case.model.cfg.vision.patch_size
-    covered = values[0, :, : rows * side, : cols * side]
-    patches = reduce(covered, "channel (row y) (col x) -> row col", "sum", y=side, x=side)
+    covered = values[0][:, *case.area]
+    patches = reduce(covered, "channel (row y) (col x) -> row col", "sum", y=case.side, x=case.side)
     return rearrange(patches, "row col -> (row col)")

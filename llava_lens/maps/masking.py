@@ -64,10 +64,10 @@ class Masking:
 
 def masked_pictures(case: Case, kept: Bool[Tensor, "run patch"]) -> Float[Tensor, "run channel height width"]:
     """The picture with the pixels of all but some patches in its mean colour; those that no patch covers stay."""
-    picture, side = case.picture, case.model.cfg.vision.patch_size
-    grid = kept.reshape(-1, *case.grid).repeat_interleave(side, 1).repeat_interleave(side, 2)
+    picture = case.picture
+    grid = kept.reshape(-1, *case.grid).repeat_interleave(case.side, 1).repeat_interleave(case.side, 2)
     keep = torch.ones(len(kept), *picture.shape[-2:], dtype=torch.bool)
-    keep[:, : grid.shape[1], : grid.shape[2]] = grid.cpu()
+    keep[:, *case.area] = grid.cpu()
     mean = picture.mean((-2, -1), keepdim=True)
     return torch.where(keep[:, None].to(picture.device), picture, mean)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llava_lens.analysis.interventions.gradients import on_graph
 from llava_lens.errors import LensError
+from llava_lens.inputs import shown
 from llava_lens.kernels import upcast
 from llava_lens.maps.case import Case
 
@@ -51,7 +52,7 @@ def decoder(case: Case, x: Float[Tensor, "1 pos d"]) -> tuple[Float[Tensor, " po
     model, streams = case.model, [x.detach()]
     with torch.no_grad():
         for layer in range(model.cfg.n_layers):
-            streams.append(model.run_blocks(streams[-1], layer, layer + 1, None, None, None))
+            streams.append(case.through_blocks(streams[-1], layer, layer + 1))
     end = streams.pop().clone().requires_grad_()
     logits = upcast(model.read_out(end[:, -1:])[0, -1])
     aim = logits[case.token] - (0 if case.versus is None else logits[case.versus])
@@ -61,7 +62,7 @@ def decoder(case: Case, x: Float[Tensor, "1 pos d"]) -> tuple[Float[Tensor, " po
     for layer in reversed(range(model.cfg.n_layers)):
         before, patterns = streams.pop().clone().requires_grad_(), {}
         with kept_patterns(case, "", layer + 1, patterns, layer):
-            after = model.run_blocks(before, layer, layer + 1, None, None, None)
+            after = case.through_blocks(before, layer, layer + 1)
         (pattern,) = patterns.values()
         gradient, at_pattern = torch.autograd.grad(after, (before, pattern), gradient)
         row = row + row @ weighted(pattern[0], at_pattern[0])
@@ -74,15 +75,16 @@ def tower(
     """Weights of the image tokens carried through the tower's relevancies back to its patches."""
     cfg = case.model.cfg.vision
     grads = torch.autograd.grad(x, list(patterns.values()), gradient, allow_unused=True) if patterns else ()
-    start = 0 if cfg.keep_class_token else 1
+    start = int(cfg.class_token and not cfg.keep_class_token)
+    read = [start + number for number in shown(case.inputs, 0, case.model.cfg)[case.image][1]]
     row = torch.zeros(cfg.n_ctx, dtype=token.dtype, device=token.device)
     weights = list(zip(patterns.values(), grads, strict=True))
     for layer in range(cfg.n_layers, -1, -1):
-        row[start:] += token * (list(cfg.feature_layers).count(layer) / len(cfg.feature_layers))
+        row[read] += token * (list(cfg.feature_layers).count(layer) / len(cfg.feature_layers))
         if layer and weights[layer - 1][1] is not None:
             pattern, at_pattern = weights[layer - 1]
             row = row + row @ weighted(pattern[case.image], at_pattern[case.image])
-    return row[1:]
+    return row[read[int(cfg.keep_class_token) :]]
 
 
 def weighted(pattern: Float[Tensor, "head query key"], gradient: Tensor) -> Float[Tensor, "query key"]:

@@ -97,7 +97,7 @@ class Base:
         with torch.inference_mode(), held, self._recording(self.names, self.acts):
             x = self.model.embed_inputs(inputs)
             for block in self.model.blocks:
-                x = block(x, Mask(causal=True), self.angles)
+                x = block(x, self.mask, self.angles)
             self._read_out(x)
         self.acts[END] = x
 
@@ -115,8 +115,7 @@ class Base:
         with torch.inference_mode(), self._recording([*names, *front], own):
             x = self._embed(like if same_pictures else None)[:, shared:]
             angles = self.angles_at(slice(shared, None))
-            length = x.shape[1]
-            visible = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+            visible = self.visible(shared)
             for layer, block in enumerate(model.blocks):
                 x = block(x, Mask(), angles, SharedPrefix(*like.keys_and_values(layer, shared), visible))
             self._read_out(x)
@@ -135,7 +134,7 @@ class Base:
         slots = inputs.slots(model.cfg)
         tokens = inputs.tokens.masked_fill(slots, 0) if model.image_token_is_outside else inputs.tokens
         text = model.hook_text_embed(model.embed_tokens(tokens))
-        return model.hook_embed(model.splice(text, slots, like.acts["projector.hook_out"]))
+        return model.hook_embed(model.splice(text, slots, model.arrange(like.acts["projector.hook_out"], inputs)))
 
     def _joined(self, name: str, before: Tensor, own: Tensor, shared: int) -> Tensor:
         axes = self.model.hook(name).axes.split() if name != END else ["batch", "pos", "d_model"]
@@ -150,7 +149,9 @@ class Base:
     def _common(self, like: Base) -> int:
         if self.row.n_columns != like.row.n_columns and self.model.cfg.rope.get("rope_type") in ("dynamic", "longrope"):
             return 0  # the rotary frequencies depend on the length
-        return shared_length(self.row, like.row, self.model)
+        shared = shared_length(self.row, like.row, self.model)
+        apart = not self.is_causal or not _same(self.positions, like.positions, shared)
+        return 0 if apart and shared < max(len(self.row.columns), len(like.row.columns)) else shared
 
     def _pictures_as(self, like: Base) -> bool:
         ours, theirs = self.row.inputs.pixels, like.row.inputs.pixels
@@ -166,10 +167,44 @@ class Base:
     # ---- reading
 
     @cached_property
+    def positions(self) -> Tensor:
+        """The rotary positions of every column, padding included."""
+        found = self.model.positions(self.row.inputs)
+        return torch.arange(self.row.n_columns, device=self.model.cfg.device)[None] if found is None else found
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no place sees what comes after it."""
+        return self._seen is None
+
+    @cached_property
+    def _seen(self) -> Tensor | None:
+        """Which places each place sees, where that is the model's own matter and not only causal."""
+        if not self.model.follows_inputs:
+            return None
+        inputs = self.row.compact
+        mask = self.model.mask(None, 0, inputs.tokens[..., None], inputs)
+        if mask.allowed is not None:
+            return mask.allowed.expand(1, 1, inputs.n_pos, inputs.n_pos)[0, 0]
+        everything = torch.ones(inputs.n_pos, inputs.n_pos, dtype=torch.bool, device=inputs.tokens.device)
+        return None if mask.causal else everything
+
+    @property
+    def mask(self) -> Mask:
+        """What the places see of one another."""
+        return Mask(causal=True) if self._seen is None else Mask(self._seen[None, None])
+
+    def visible(self, first: int) -> Tensor:
+        """Which of the places from `first` on each of them sees, `[place, place]`."""
+        if self._seen is not None:
+            return self._seen[first:, first:]
+        length = len(self.row.columns) - first
+        return torch.ones(length, length, dtype=torch.bool, device=self.model.cfg.device).tril()
+
+    @cached_property
     def angles(self) -> Angles:
         """The rotary angles of every place."""
-        device = self.model.cfg.device
-        whole = self.model.rotary(torch.arange(self.row.n_columns, device=device)[None], self.model.cfg.dtype)
+        whole = self.model.rotary(self.positions, self.model.cfg.dtype)
         keep = list(self.row.columns)
         return Angles(whole.cos[:, :, keep], whole.sin[:, :, keep])
 
@@ -212,3 +247,8 @@ class Base:
         after = act.clone()
         edit.write(after, axes, rows)
         return torch.equal(after, act)
+
+
+def _same(a: Tensor, b: Tensor, n: int) -> bool:
+    """Whether two rows of positions begin alike."""
+    return torch.equal(a[..., :n], b[..., :n])

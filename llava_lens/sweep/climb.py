@@ -181,8 +181,7 @@ class DecoderClimb(Climb):
         self.places = list(range(first, first + self.length))
         self.rows = self._rows()
         self.angles = base.angles_at(slice(first, None))
-        device = base.acts["hook_embed"].device
-        self.visible = torch.ones(self.length, self.length, dtype=torch.bool, device=device).tril()
+        self.visible = base.visible(first)
         self.narrow = self._may_narrow()
 
     @property

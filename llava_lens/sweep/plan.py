@@ -48,11 +48,13 @@ def located(base: Base, number: int, edits: Cell) -> Planned:
         check(base, edit)
         site = site_of(base.model, edit.hook)
         if site.room in ("tower", "projector"):
-            first, front = min(first, base.row.rows.place[slots[edit.image][0]]), True
+            first, front = min([first, *(base.row.rows.place[slot] for slot in slots[edit.image][:1])]), True
         else:
             at = 0 if edit.pos is None else min(base.row.rows.place[column] for column in edit.pos)
             first, front = min(first, at), front or site.room == "embed"
         stage = min(stage, site.stage if site.room == "decoder" else 0)
+    if not base.is_causal:
+        first = 0  # what comes before a change sees it too
     return Planned(number, edits, 0 if front else stage, first, front)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llava_lens.errors import LensError
-from llava_lens.inputs import Inputs
+from llava_lens.inputs import Inputs, shown
 from llava_lens.roles import Roles
 from llava_lens.sweep.edits import Rows
 
@@ -33,13 +33,14 @@ class Row:
         if not columns:
             raise LensError(f"row {i} is all padding")
         n = columns[-1] + 1
-        each = model.cfg.tokens_per_image
-        counts = (inputs.slots(model.cfg).sum(-1) // each).tolist() if each else [0] * inputs.batch_size
+        layouts = inputs.layouts(model.cfg)
+        counts = [sum(len(layout.pictures) for layout in row) for row in layouts]
         first = sum(counts[:i])
         pixels = inputs.pixels[first : first + counts[i]] if inputs.pixels is not None and counts[i] else None
         mask = None if len(columns) == n or inputs.attention_mask is None else inputs.attention_mask[i : i + 1, :n]
         roles = None if inputs.roles is None else (inputs.roles[i].kept(range(n)),)
-        return cls(Inputs(inputs.tokens[i : i + 1, :n], pixels, mask, roles), columns)
+        extras = inputs.extras_of(i, slice(0, n), model.cfg)
+        return cls(Inputs(inputs.tokens[i : i + 1, :n], pixels, mask, roles, extras), columns)
 
     @property
     def n_columns(self) -> int:
@@ -67,15 +68,18 @@ class Row:
     @cached_property
     def compact(self) -> Inputs:
         """The tokens without the padding."""
-        return Inputs(self.inputs.tokens[:, list(self.columns)], self.inputs.pixels)
+        keep = list(self.columns)
+        return Inputs(self.inputs.tokens[:, keep], self.inputs.pixels, extras=self.inputs.extras_of(0, keep))
 
     def slots(self, model: Any) -> list[list[int]]:
         """The positions of each picture's tokens, its class token included where it is kept."""
-        each = model.cfg.tokens_per_image
-        if not each or not self.n_images:
+        return [where for where, _ in self.shown(model)]
+
+    def shown(self, model: Any) -> list[tuple[list[int], list[int]]]:
+        """For each picture the positions of its tokens, and which of its features each shows."""
+        if not self.n_images:
             return []
-        at = self.inputs.slots(model.cfg)[0].nonzero()[:, 0].tolist()
-        return [at[i : i + each] for i in range(0, len(at), each)]
+        return shown(self.inputs, 0, model.cfg)
 
     def place_of(self, column: int) -> int:
         """A position's place without the padding; raises `LensError` for padding and what is not there."""
@@ -109,7 +113,8 @@ class Row:
                 spans=roles.spans + ((at, at),) * len(ids) if roles.spans else (),
             )
         columns = self.columns + tuple(range(self.n_columns, self.n_columns + len(ids)))
-        return Row(Inputs(tokens, self.inputs.pixels, mask, None if roles is None else (roles,)), columns)
+        extras = self.inputs.extras_over(tokens.shape[1])
+        return Row(Inputs(tokens, self.inputs.pixels, mask, None if roles is None else (roles,), extras), columns)
 
 
 def shared_length(one: Row, other: Row, model: Any) -> int:
@@ -121,9 +126,8 @@ def shared_length(one: Row, other: Row, model: Any) -> int:
     differ = (a != b).nonzero()[:, 0]
     shared = int(differ[0]) if len(differ) else n
     for image, slots in enumerate(one.slots(model)):
-        if image >= other.n_images or not same_picture(one, other, image):
+        if slots and (image >= other.n_images or not same_picture(one, other, image)):
             shared = min(shared, one.rows.place[slots[0]])
-            break
     return shared
 
 

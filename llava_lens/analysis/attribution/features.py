@@ -22,6 +22,7 @@ from llava_lens.analysis.attribution.rebuild import beside
 from llava_lens.cache import LlavaCache
 from llava_lens.config import VisionConfig
 from llava_lens.errors import LensError
+from llava_lens.inputs import shown
 from llava_lens.kernels import upcast
 from llava_lens.layers import bias_of
 from llava_lens.record import TOWER
@@ -45,17 +46,17 @@ class Picture:
     def of(cls, cache: LlavaCache, row: int, image: int) -> Picture:
         """Raises `LensError` for a picture that the row does not have."""
         assert cache.inputs is not None
-        cfg, slots = cache.model.cfg, cache.inputs.slots(cache.model.cfg)
-        each = cfg.tokens_per_image
-        mine = slots[row].nonzero()[:, 0].tolist()
-        count = len(mine) // each
-        if not count:
+        cfg = cache.model.cfg
+        pictures = shown(cache.inputs, row, cfg) if cfg.vision is not None else []
+        if not pictures:
             raise LensError(f"image {image!r} of row {row}; expected none: the prompt has no picture")
-        image = whole(f"row {row}: image", image, 0, count - 1)
-        before = int(slots[:row].sum()) // each
-        own = mine[image * each : (image + 1) * each]
-        others = tuple(at for at in mine if at not in own)
-        return cls(cache, row, image, before + image, tuple(own), others)
+        image = whole(f"row {row}: image", image, 0, len(pictures) - 1)
+        before = sum(len(shown(cache.inputs, i, cfg)) for i in range(row))
+        own, numbers = pictures[image]
+        every = cache.inputs.slots(cfg)[row].nonzero()[:, 0].tolist()
+        if numbers != list(range(n := cfg.vision.n_features)):  # type: ignore[union-attr]
+            raise LensError(f"image {image} shows {len(numbers)} of its {n} features, or out of order")
+        return cls(cache, row, image, before + image, tuple(own), tuple(at for at in every if at not in own))
 
     @property
     def model(self) -> Any:
@@ -68,7 +69,7 @@ class Picture:
     @property
     def start(self) -> int:
         """The tower's first position that is a feature: the class token, or the first patch."""
-        return 0 if self.cfg.keep_class_token else 1
+        return int(self.cfg.class_token and not self.cfg.keep_class_token)
 
     def projected(self, name: str) -> Float[Tensor, "feature width"]:
         """One of the projector's entries, in float32 or better."""

@@ -22,7 +22,6 @@ from llava_lens import kernels
 from llava_lens.analysis.interventions.grid import Grid
 from llava_lens.errors import LensError
 from llava_lens.kernels import upcast
-from llava_lens.layers import Mask
 from llava_lens.rotary import Angles
 from llava_lens.sweep.attach import attached
 from llava_lens.sweep.base import END, Base
@@ -143,7 +142,7 @@ class Graph:
             inputs = base.row.compact.check(model.cfg)
             x = model.embed_inputs(inputs) if first < 0 else self._entering(first)
             for block in model.blocks[max(first, 0) :]:
-                x = block(x, Mask(causal=True), angles)
+                x = block(x, base.mask, angles)
             return model.read_out(x)[:, self.places] if late else model.read_out(x[:, self.places])
 
     def _entering(self, layer: int) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from llava_lens.errors import LensError, nearest
-from llava_lens.images import grown
+from llava_lens.pictures import grown
 from llava_lens.roles import SELECTORS, Roles
 from llava_lens.sweep.edits import FRONT, Places, places
 from llava_lens.sweep.rows import Row
@@ -81,8 +81,10 @@ class Ground:
         if not self.hook:
             return 0
         axes = self.model.hook(self.hook).axes.split()
-        kept = self.model.cfg.vision.keep_class_token if self.model.cfg.vision is not None else False
-        return 0 if "patch" in axes else int(kept) if "feature" in axes else 1
+        vision = self.model.cfg.vision
+        if vision is None or "patch" in axes:
+            return 0
+        return int(vision.keep_class_token if "feature" in axes else vision.class_token)
 
     def every(self) -> Places:
         """All positions, padding left out."""
