@@ -13,15 +13,17 @@ if TYPE_CHECKING:
     from llava_lens.hooks import hook_table, reader
     from llava_lens.inputs import Inputs
     from llava_lens.model import HookedLlava
+    from llava_lens.models import HookedMLLM
 
 __version__ = "0.1.0"
 __all__ = [
-    "Explanation", "HookedLlava", "Inputs", "LlavaCache", "LlavaConfig", "explain", "hook_table", "reader",
+    "Explanation", "HookedLlava", "HookedMLLM", "Inputs", "LlavaCache", "LlavaConfig", "explain", "hook_table", "reader",
 ]  # fmt: skip
 
 HOMES = {
     "Explanation": "explanation",
     "HookedLlava": "model",
+    "HookedMLLM": "models",
     "Inputs": "inputs",
     "LlavaCache": "cache",
     "LlavaConfig": "config",

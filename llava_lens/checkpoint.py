@@ -116,6 +116,12 @@ def open_checkpoint(
     return Checkpoint(config, folder, entries, tower)
 
 
+def model_type_of(id_or_dir: str | Path, revision: str | None = None, **hub: Any) -> str:
+    """The `model_type` that a checkpoint's config names; a release in LLaVA's original layout is a `"llava"`."""
+    named = _facts(id_or_dir, _locate(id_or_dir, hub | dict(revision=revision)))
+    return "llava" if named["model_type"] == "llava_llama" else named["model_type"]
+
+
 def _locate(id_or_dir: str | Path, hub: dict[str, Any]) -> Path:
     """The folder itself, or the hub's snapshot with everything but the weights."""
     if not str(id_or_dir):

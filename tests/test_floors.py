@@ -52,6 +52,7 @@ FLOORS = {
     "model": 10,
     "sweep": 11,
     "analysis": 12,
+    "models": 13,
     "maps": 13,
     "explanation": 14,
     "plots": 15,
@@ -62,7 +63,7 @@ FLOORS = {
 """Module or folder → floor. `tiny` holds data and its training and may look anywhere; nothing but `model` looks in."""
 HOMES = {
     "transformer_lens": {"hooks", "record", "stack_cache", "cache", "hooked", "surface"},
-    "transformers": {"config", "images", "prompt", "checkpoint", "generate", "cli", "tiny"},
+    "transformers": {"config", "images", "prompt", "checkpoint", "generate", "cli", "tiny", "models"},
     "matplotlib": {"plots"},
     "triton": {"kernels"},
 }

@@ -14,7 +14,7 @@ from llava_lens.errors import UnknownHook, nearest
 from llava_lens.layers import Attention, Block
 from llava_lens.model import HookedLlava
 from llava_lens.sweep.edits import FRONT
-from llava_lens.vision import Vision
+from llava_lens.vision import TOWERS
 
 Room = Literal["tower", "projector", "embed", "decoder"]
 SECOND_HALF = ("hook_resid_mid", "hook_mlp_in", "ln2.", "mlp.", "hook_attn_out", "attn.hook_z")
@@ -24,8 +24,10 @@ AT_THE_END = ("hook_mlp_out", "hook_resid_post")
 BRANCHES = ("hook_{}", "attn.hook_{}", "mlp.hook_{}", "{}")
 DERIVED = ("attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_result")
 """Hooks that no run starts from, and that take much memory to record."""
-SEAMS = ("forward", "embed_inputs", "run_blocks", "mask", "read_out")
-FRONT_SEAMS = ("splice", "encode_image", "embed_tokens")
+SEAMS = ("forward", "embed_inputs", "run_blocks", "read_out")
+FRONT_SEAMS = ("splice", "encode_image")
+FOLLOWED = ("mask", "positions", "arrange", "embed_tokens")
+"""Steps that a class may have of its own: the shortened runs take them as they are."""
 
 
 class Site(NamedTuple):
@@ -99,13 +101,13 @@ def why_not(model: Any, front: bool) -> str | None:
         return f"{kind.__name__} is no HookedLlava"
     seams = (*SEAMS, *FRONT_SEAMS)
     own = [n for n in seams if getattr(kind, n) is not getattr(HookedLlava, n) or n in model.__dict__]
-    plain = [name for name in own if name in SEAMS or front]
+    plain = [name for name in own if name in SEAMS or front] + [n for n in FOLLOWED if n in model.__dict__]
     if plain:
         return f"{kind.__name__}.{plain[0]} is its own"
     if not all(type(block) is Block and type(block.attn) is Attention for block in model.blocks):
         return "the decoder's blocks are of another class"
     if front and hasattr(model, "vision"):
-        if type(model.vision) is not Vision:
+        if type(model.vision) not in TOWERS.values():
             return f"the tower is a {type(model.vision).__name__}"
         if not all(type(block) is Block and type(block.attn) is Attention for block in model.vision.blocks):
             return "the tower's blocks are of another class"
