@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Explanation", "HookedLlava", "HookedMLLM", "Inputs", "LlavaCache", "LlavaConfig", "explain", "hook_table", "reader",
+    "Explanation", "HookedLlava", "HookedMLLM", "Inputs", "LlavaCache", "LlavaConfig", "explain", "hook_table",
+    "reader",
 ]  # fmt: skip
 
 HOMES = {

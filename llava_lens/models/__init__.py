@@ -1,4 +1,4 @@
-"""Models beside LLaVA-1.5, each in a file of its own that names what differs, and the way from a checkpoint to its class.
+"""Models beside LLaVA-1.5, each in a file of its own that says what differs; and from a checkpoint to its class.
 
 Unusual: a model's file is imported only when a checkpoint asks for it, so that a longer list makes no start slower.
 """
