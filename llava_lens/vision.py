@@ -7,6 +7,7 @@ Unusual: `hook_embed` is the output of the pre-norm, because the stream starts t
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -15,6 +16,23 @@ from llava_lens.config import VisionConfig
 from llava_lens.hooks import Hook
 from llava_lens.layers import MLP, Block, Embedding, Mask, accumulated_bias
 from llava_lens.norms import LayerNorm
+from llava_lens.regions import Region
+
+
+class Patches(nn.Conv2d):
+    """What each patch adds to the stream. Patches do not overlap, so the fused way is a product of matrices."""
+
+    def __init__(self, cfg: VisionConfig):
+        super().__init__(cfg.n_channels, cfg.d_model, cfg.patch_size, stride=cfg.patch_size, bias=False)
+        self.product = Region()
+
+    def forward(self, input: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image d_model row col"]:
+        if not self.product.open(input, self.weight):
+            return super().forward(input)
+        down, across = self.kernel_size
+        patches = input.unfold(2, down, down).unfold(3, across, across)
+        rows = rearrange(patches, "image channel row col down across -> image row col (channel down across)")
+        return rearrange(F.linear(rows, self.weight.flatten(1)), "image row col d -> image d row col")
 
 
 class Vision(nn.Module):
@@ -24,7 +42,7 @@ class Vision(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.hook_pixels = Hook("batch channel height width")
-        self.patch_embed = nn.Conv2d(cfg.n_channels, cfg.d_model, cfg.patch_size, stride=cfg.patch_size, bias=False)
+        self.patch_embed = Patches(cfg)
         self.class_embed = nn.Parameter(torch.zeros(cfg.d_model))
         self.pos_embed = Embedding(cfg.n_ctx, cfg.d_model)
         self.hook_patch_embed = Hook("batch patch d_model")
