@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from llava_lens.errors import LensError, nearest
+from llava_lens.packing import onednn_takes
 from llava_lens.regions import PATHS, Path, Region, regions_of
 
 
@@ -70,8 +71,7 @@ class Planned:
         weight = next(self.parameters())  # type: ignore[attr-defined]
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
             raise LensError(f"a model in {weight.dtype} on {weight.device}; optimize_for_cpu takes float32 on a CPU")
-        known = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        if not (known and torch.backends.mkldnn.is_available()):
+        if not onednn_takes(weight):
             raise LensError(f"torch {torch.__version__} is without oneDNN's packed products; use('fused') needs none")
         self._take("fused")
         for _, region in regions_of(self):  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from llava_lens.hooks import Hook
@@ -86,7 +87,7 @@ class Region:
         if any_gradient(*tensors):
             return "gradients are on"
         if transformed():
-            return "torch.compile, autocast, torch.func or a hook on all modules is on"
+            return "torch.compile, autocast, torch.func, forward derivatives or a hook on all modules is on"
         if self.changed:
             return f"{self.changed} was exchanged, or has a hook of torch"
         if self.fused and self.packed is not None and not self.packed.usual:
@@ -100,8 +101,11 @@ def any_gradient(*tensors: Tensor) -> bool:
 
 
 def transformed() -> bool:
-    """Whether somebody else decides how operations run: a compiler that traces, autocast, torch.func, hooks on all."""
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+    """Whether somebody else decides how operations run: a compiler that traces, autocast, torch.func, hooks on all.
+
+    And where derivatives are carried forward, which custom operations would drop.
+    """
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or forward_ad._current_level >= 0:
         return True
     return torch._C._are_functorch_transforms_active() or bool(_has_any_global_hook())
 

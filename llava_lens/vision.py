@@ -7,6 +7,7 @@ Unusual: `hook_embed` is the output of the pre-norm, because the stream starts t
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -15,6 +16,23 @@ from llava_lens.config import VisionConfig
 from llava_lens.hooks import Hook
 from llava_lens.layers import MLP, Attention, Block, Embedding, Mask, accumulated_bias
 from llava_lens.norms import LayerNorm
+from llava_lens.regions import Region
+
+
+class Patches(nn.Conv2d):
+    """What each patch adds to the stream. Patches do not overlap, so the fused way on a CPU is one product."""
+
+    def __init__(self, cfg: VisionConfig, bias: bool = False):
+        super().__init__(cfg.n_channels, cfg.d_model, cfg.patch_size, stride=cfg.patch_size, bias=bias)
+        self.product = Region()
+
+    def forward(self, input: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image d_model row col"]:
+        if not (input.is_cpu and self.product.open(input, self.weight)):
+            return super().forward(input)
+        down, across = self.kernel_size
+        patches = input.unfold(2, down, down).unfold(3, across, across)
+        rows = rearrange(patches, "image channel row col down across -> image row col (channel down across)")
+        return rearrange(F.linear(rows, self.weight.flatten(1), self.bias), "image row col d -> image d row col")
 
 
 class Vision(nn.Module):
@@ -33,8 +51,7 @@ class Vision(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.hook_pixels = Hook("batch channel height width")
-        side = cfg.patch_size
-        self.patch_embed = nn.Conv2d(cfg.n_channels, cfg.d_model, side, stride=side, bias=self.patch_bias)
+        self.patch_embed = Patches(cfg, self.patch_bias)
         self.hook_patch_embed = Hook("batch patch d_model")
         self.make_embeddings()
         self.hook_embed = Hook("batch pos d_model")

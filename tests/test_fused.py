@@ -157,9 +157,13 @@ def test_gradients_take_the_reference_path_and_the_plan_says_so():
 def test_a_gradient_asked_for_at_a_hook_flows():
     reference, fused = pair()
     inputs = inputs_for("plain")
+    with torch.no_grad():
+        _, cache = reference.run_with_cache(inputs, names_filter="hook_embed")
+    embedded = cache["hook_embed"]  # for both: the tower, from which no gradient is asked, stays fused
 
     def start(act, hook):
-        return act.detach().requires_grad_(True)
+        assert distance(act, embedded) < 1e-5
+        return embedded.detach().requires_grad_(True)
 
     names = ["hook_embed", "blocks.0.attn.hook_pattern", "blocks.1.mlp.hook_post", "blocks.1.hook_mlp_out"]
     grads = []

@@ -299,7 +299,8 @@ def test_one_trained_weight_gets_its_gradient(name, odd):
         weight = model.get_parameter(name).requires_grad_(True)
         model(inputs)[:, -1].square().sum().backward()
         grads.append(weight.grad)
-    assert distance(grads[1], grads[0]) < 1e-4
+    size = max(1.0, float(grads[0].abs().max()))  # a bias of keys moves no softmax: its gradient is rounding alone
+    assert float((grads[1] - grads[0]).abs().max()) < 1e-4 * size
 
 
 @pytest.mark.parametrize("odd", ["plain", "attention_bias"])
