@@ -27,7 +27,7 @@ MAX_PIXELS = 100_000_000
 MAX_ASPECT = 100
 """The most that a picture's long side may exceed its short side by, as a factor."""
 
-PIL_CLASSES = ("CLIPImageProcessorPil", "LlavaImageProcessorPil")
+PIL_CLASSES = ("CLIPImageProcessorPil", "LlavaImageProcessorPil", "BlipImageProcessorPil")
 """The image processors of transformers that are used here, by name: what defines them is imported late."""
 
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
@@ -312,7 +312,7 @@ def resized_size(size: Any, width: int, height: int) -> tuple[int, int]:
 
 
 def pil_processor(hf: Any) -> Any:
-    """The PIL twin of a CLIP or LLaVA image processor, given as an object or as the settings in its JSON file."""
+    """The PIL twin of a CLIP, LLaVA or BLIP image processor, given as an object or as the settings in its JSON file."""
     import transformers
 
     kind = getattr(transformers, pil_class_name(hf))
@@ -328,7 +328,8 @@ def pil_class_name(hf: Any) -> str:
     kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "CLIPImageProcessor"
     name = kind.removesuffix("Fast").removesuffix("Pil").removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
     if f"{name}ImageProcessorPil" not in PIL_CLASSES:
-        raise LensError(f"an image processor of type {kind!r}; expected CLIPImageProcessor or LlavaImageProcessor")
+        known = ", ".join(known.removesuffix("Pil") for known in PIL_CLASSES)
+        raise LensError(f"an image processor of type {kind!r}; expected one of {known}")
     return f"{name}ImageProcessorPil"
 
 

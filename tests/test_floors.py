@@ -51,6 +51,7 @@ FLOORS = {
     "sweep": 11,
     "analysis": 12,
     "maps": 13,
+    "models": 13,
     "explanation": 14,
     "plots": 15,
     "page": 16,
@@ -60,7 +61,7 @@ FLOORS = {
 """Module or folder → floor. `tiny` holds data and its training and may look anywhere; nothing but `model` looks in."""
 HOMES = {
     "transformer_lens": {"hooks", "record", "stack_cache", "cache", "hooked", "surface"},
-    "transformers": {"config", "images", "prompt", "checkpoint", "generate", "cli", "tiny"},
+    "transformers": {"config", "images", "prompt", "checkpoint", "generate", "cli", "tiny", "models"},
     "matplotlib": {"plots"},
     "triton": {"kernels"},
 }

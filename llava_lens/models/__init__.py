@@ -1,0 +1,1 @@
+"""Hooked models beside LLaVA, one module each."""
