@@ -16,7 +16,25 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = "what color is the dog cat ? red blue green ball on left of a small ##ish".split()
+WORDS = [
+    "what",
+    "color",
+    "is",
+    "the",
+    "dog",
+    "cat",
+    "?",
+    "red",
+    "blue",
+    "green",
+    "ball",
+    "on",
+    "left",
+    "of",
+    "a",
+    "small",
+    "##ish",
+]
 MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 START = 40
 """The id that answers start with; the tokenizer does not have it, as in the published checkpoints."""
@@ -46,15 +64,26 @@ ODD: dict[str, dict[str, Any]] = {
 """Name → what differs from `TEXT` and `VISION`."""
 
 
-@cache
 def hf_blip(odd: str = "plain", dtype: torch.dtype = torch.float32) -> Any:
-    """A random `BlipForQuestionAnswering`; in low precision it is created in it, as loading would."""
+    """A random `BlipForQuestionAnswering`, one per choice; in low precision it is created in it, as loading would."""
+    return _made(odd, dtype)
+
+
+def blip_config(odd: str = "plain") -> BlipConfig:
     changes = ODD[odd]
-    config = BlipConfig(
+    return BlipConfig(
         text_config={**TEXT, **changes.get("text", {})}, vision_config={**VISION, **changes.get("vision", {})}
     )
-    model = BlipForQuestionAnswering._from_config(config, dtype=dtype)
+
+
+@cache
+def _made(odd: str, dtype: torch.dtype) -> Any:
+    model = BlipForQuestionAnswering._from_config(blip_config(odd), dtype=dtype)
     shake(model)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("LayerNorm.weight"):
+                weight.add_(1.0)  # which `shake`, by its name, takes for a bias
     model.tie_weights()
     return model.eval()
 

@@ -20,8 +20,9 @@ from llava_lens.errors import LensError, nearest
 from llava_lens.hooked import HookedModel
 from llava_lens.hooks import Hook
 from llava_lens.models.blip_cache import BlipCache
+from llava_lens.models.blip_config import BlipConfig
 from llava_lens.models.blip_inputs import NAMES, BlipInputs, prepare, processor_of, read_processor
-from llava_lens.models.blip_parts import AnswerDecoder, BertStack, BlipConfig, BlipVision
+from llava_lens.models.blip_parts import AnswerDecoder, BertStack, BlipVision
 from llava_lens.prompt import Processor
 from llava_lens.rename import Row, Table, Unused
 from llava_lens.surface import TransformerLensSurface

@@ -1,4 +1,4 @@
-"""The activations of a BLIP run, by stack: `cache.vision`, `cache.encoder` and `cache.decoder` take TransformerLens's keys.
+"""The activations of a BLIP run by stack: `cache.vision`, `.encoder` and `.decoder` take TransformerLens's keys.
 
 Unusual: the tower's stream is a sum, so its sums close; the text stacks norm their streams after every part, so what
 would add them up raises there.
@@ -17,7 +17,7 @@ from llava_lens.cache_file import save_cache
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
 from llava_lens.models.blip_inputs import BlipInputs
-from llava_lens.models.blip_parts import STACKS
+from llava_lens.models.blip_config import STACKS
 from llava_lens.stack_cache import Prefixed, StackCache
 
 SUMS = (
@@ -61,6 +61,12 @@ class TextCache(StackCache):
         self.whole, self.prefix = whole, f"{stack}."
         entries = Prefixed(whole.cache_dict, self.prefix)
         super().__init__(entries, getattr(whole.model, stack), whole.has_batch_dim)
+
+    def full_name(self, key: Any) -> str:
+        """The full name of a key; `("pattern", 0, "cross_attn")` is `blocks.0.cross_attn.hook_pattern`."""
+        if isinstance(key, tuple) and len(key) == 3 and key[2] == "cross_attn":
+            return super().full_name(key[:2]).replace(".attn.", ".cross_attn.")
+        return super().full_name(key)
 
     def __getitem__(self, key: Any) -> Tensor:
         """One of the stack's activations; raises `UnknownHook` saying why it is not there."""

@@ -1,4 +1,4 @@
-"""What BLIP takes: a picture, a question and the answer's tokens so far, and what every position of the three stacks is.
+"""What BLIP takes: a picture, a question and the answer so far, and what every position of the three stacks is.
 
 Unusual: picture and text stand in streams of their own, so each stack has roles of its own (`roles_in`); texts are
 padded on the right, because BERT counts positions from the front.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from llava_lens.errors import LensError, nearest
 from llava_lens.facts import mask_facts, token_facts
 from llava_lens.images import ImageProcessor, PixelMap, load_image
 from llava_lens.inputs import Inputs
-from llava_lens.models.blip_parts import STACKS, BlipConfig
+from llava_lens.models.blip_config import STACKS, BlipConfig
 from llava_lens.prompt import Processor
 from llava_lens.roles import Picture, Roles
+from llava_lens.shards import read_json
 
 NAMES = {
     "input_ids": "tokens",
@@ -30,6 +32,8 @@ NAMES = {
     "decoder_attention_mask": "decoder_mask",
 }
 """Hugging Face's names of the tensors, and ours."""
+SETTINGS = ("processor_config.json", "preprocessor_config.json")
+"""Where a checkpoint describes its image processor."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -86,9 +90,8 @@ class BlipInputs(Inputs):
         if self.roles is not None:
             return self
         ones = torch.ones_like(self.tokens) if self.attention_mask is None else self.attention_mask
-        start = torch.full((self.batch_size, 1), cfg.bos_token_id) if self.decoder_tokens is None else None
-        answers = self.decoder_tokens if start is None else start
-        seen = torch.ones_like(answers) if self.decoder_mask is None else self.decoder_mask
+        length = 1 if self.decoder_tokens is None else self.decoder_tokens.shape[1]
+        seen = torch.ones(self.batch_size, length, dtype=torch.long) if self.decoder_mask is None else self.decoder_mask
         return replace(
             self,
             roles=tuple(Roles(tuple("text" if one else "padding" for one in row)) for row in ones.tolist()),
@@ -234,14 +237,20 @@ def _padded(
 
 def processor_of(hf: Any, cfg: BlipConfig) -> Processor:
     """A `BlipProcessor` of transformers, or a tokenizer alone: then pictures become squares as BLIP's do."""
+    return _processor(getattr(hf, "tokenizer", None) or hf, getattr(hf, "image_processor", None), cfg)
+
+
+def read_processor(folder: Path, cfg: BlipConfig) -> Processor:
+    """The tokenizer and the image settings that a checkpoint's folder holds."""
+    from transformers import AutoTokenizer
+
+    found = [read_json(folder / name) for name in SETTINGS if (folder / name).is_file()]
+    settings = [each.get("image_processor", each) for each in found]
+    told = [each for each in settings if "size" in each]
+    return _processor(AutoTokenizer.from_pretrained(folder), told[0] if told else None, cfg)
+
+
+def _processor(tokenizer: Any, settings: Any, cfg: BlipConfig) -> Processor:
     side = {"height": cfg.vision.image_size, "width": cfg.vision.image_size}
-    settings = getattr(hf, "image_processor", None) or {"image_processor_type": "BlipImageProcessor", "size": side}
-    image = ImageProcessor(settings, cfg.vision.image_size, cfg.vision.patch_size)
-    return Processor(getattr(hf, "tokenizer", None) or hf, image)
-
-
-def read_processor(folder: Any, cfg: BlipConfig) -> Processor:
-    """The processor that a checkpoint's folder holds."""
-    from transformers import AutoProcessor
-
-    return processor_of(AutoProcessor.from_pretrained(folder), cfg)
+    settings = settings or {"image_processor_type": "BlipImageProcessor", "size": side}
+    return Processor(tokenizer, ImageProcessor(settings, cfg.vision.image_size, cfg.vision.patch_size))
