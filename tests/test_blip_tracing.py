@@ -28,7 +28,7 @@ QUESTION = "what color is the dog?"
 
 
 @cache
-def models() -> tuple[Any, HookedBlip]:
+def models() -> tuple[Any, Any]:
     hf = deepcopy(hf_blip()).double()
     return hf, HookedBlip.from_hf(hf, blip_processor())
 
@@ -74,7 +74,7 @@ class Slow:
             for handle in handles:
                 handle.remove()
         log_p = out[0][0].log_softmax(-1)
-        return float(sum(log_p[i, token] for i, token in enumerate(self.answer)).exp())
+        return float(torch.stack([log_p[i, token] for i, token in enumerate(self.answer)]).sum().exp())
 
     @staticmethod
     def changing(fn: Any) -> Any:
@@ -156,7 +156,7 @@ def test_every_cell_of_blip_is_a_full_run_of_hugging_faces(case):
     window = given.get("window", 1)
     total = torch.zeros(n_layers, n_pos, dtype=torch.float64)
     for repeat in range(2):
-        corrupt = noise(slow, *noisy, repeat)
+        corrupt = noise(slow, *noisy, repeat=repeat)
         assert traced.method["corrupt_each"][repeat] == pytest.approx(slow.run([corrupt]), rel=1e-9)
         for layer in range(n_layers):
             near = [i for i in range(n_layers) if -((window - 1) // 2) <= i - layer <= window // 2]

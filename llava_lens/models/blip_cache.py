@@ -16,8 +16,8 @@ from llava_lens.cache import LlavaCache, VisionCache
 from llava_lens.cache_file import save_cache
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
-from llava_lens.models.blip_inputs import BlipInputs
 from llava_lens.models.blip_config import STACKS
+from llava_lens.models.blip_inputs import BlipInputs
 from llava_lens.stack_cache import Prefixed, StackCache
 
 SUMS = (
