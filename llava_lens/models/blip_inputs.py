@@ -195,7 +195,14 @@ def prepare(processor: Any, cfg: BlipConfig, question: Any, image: Any, answer: 
     decoder_tokens, decoder_mask, answer_roles = _padded(said, cfg.pad_token_id)
     pictures = tuple(_tower_roles(cfg, each) for each in maps)
     return BlipInputs(
-        tokens, torch.from_numpy(pixels), mask, roles, decoder_tokens, decoder_mask, pictures, answer_roles
+        tokens=tokens,
+        pixels=torch.from_numpy(pixels),
+        attention_mask=mask,
+        roles=roles,
+        decoder_tokens=decoder_tokens,
+        decoder_mask=decoder_mask,
+        pictures=pictures,
+        answers=answer_roles,
     ).check(cfg)
 
 
