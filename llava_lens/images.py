@@ -328,8 +328,8 @@ def pil_class_name(hf: Any) -> str:
     kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "CLIPImageProcessor"
     name = kind.removesuffix("Fast").removesuffix("Pil").removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
     if f"{name}ImageProcessorPil" not in PIL_CLASSES:
-        known = ", ".join(known.removesuffix("Pil") for known in PIL_CLASSES)
-        raise LensError(f"an image processor of type {kind!r}; expected one of {known}")
+        known = " or ".join(each.removesuffix("Pil") for each in PIL_CLASSES)
+        raise LensError(f"an image processor of type {kind!r}; expected {known}")
     return f"{name}ImageProcessorPil"
 
 
