@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from llava_lens.hooks import hook_table, reader
     from llava_lens.inputs import Inputs
     from llava_lens.model import HookedLlava
+    from llava_lens.parity import ParityReport, check_parity
 
 __version__ = "0.1.0"
 __all__ = [
-    "Explanation", "HookedLlava", "Inputs", "LlavaCache", "LlavaConfig", "explain", "hook_table", "reader",
+    "Explanation", "HookedLlava", "Inputs", "LlavaCache", "LlavaConfig", "ParityReport", "check_parity", "explain",
+    "hook_table", "reader",
 ]  # fmt: skip
 
 HOMES = {
@@ -25,6 +27,8 @@ HOMES = {
     "Inputs": "inputs",
     "LlavaCache": "cache",
     "LlavaConfig": "config",
+    "ParityReport": "parity",
+    "check_parity": "parity",
     "explain": "explanation",
     "hook_table": "hooks",
     "reader": "hooks",

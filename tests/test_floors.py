@@ -48,6 +48,7 @@ FLOORS = {
     "draft": 7,
     "generate": 8,
     "model": 10,
+    "parity": 11,
     "sweep": 11,
     "analysis": 12,
     "maps": 13,
