@@ -298,7 +298,7 @@ def _weight_lines(weights: Weights) -> list[str]:
         lines += [f"weights: {said} {_some(names)}"] if names else []
     if weights.not_built:
         layers = ", ".join(map(str, weights.not_built))
-        lines.append(f"not compared: tower blocks {layers}: nobody reads them, so they are not built")
+        lines.append(f"not compared: tower layers that nobody reads and that are not built: {layers}")
     return lines
 
 
