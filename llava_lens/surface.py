@@ -206,13 +206,14 @@ class TransformerLensSurface:
         return None if found is None or found == self.tokenizer.unk_token_id else found
 
     def to_single_token(self, string: str) -> int:
-        """The id of a string that is one token (see `word_ids`); raises with the pieces, or the nearest words, if not."""
+        """The id of a string that is one token, as `word_ids` reads it; raises with pieces and nearest words if not."""
         ids = self.word_ids(string)
         unknown = ids == [self.tokenizer.unk_token_id] and string != self.tokenizer.unk_token
         if len(ids) != 1 or unknown:
             pieces = self.tokenizer.convert_ids_to_tokens(ids)
-            inner = self._vocabulary_id(string)
-            hint = nearest(string, self.tokenizer.get_vocab()) if inner is None else f"; the vocabulary's own is token {inner}"
+            own = self._vocabulary_id(string)
+            hint = f"; the vocabulary's own is token {own}"
+            hint = nearest(string, self.tokenizer.get_vocab()) if own is None else hint
             count = f"{len(ids)} token{'s' * (len(ids) != 1)}"
             raise LensError(f"{string!r} is {count} {pieces}, expected one that is in the vocabulary{hint}")
         return ids[0]

@@ -118,7 +118,7 @@ def marked_tokenizer(own_blank):
 def test_a_word_is_one_token_however_it_is_marked(own_blank):
     tokenizer = marked_tokenizer(own_blank)
     model = HookedLlava.from_hf(hf_llama("plain"), tokenizer)
-    marked, inner = tokenizer.convert_tokens_to_ids(["▁Yes", "Yes"])
+    marked, inner = (tokenizer.convert_tokens_to_ids(word) for word in ("▁Yes", "Yes"))
     assert model.to_single_token(" Yes") == model.to_single_token("▁Yes") == marked != inner
     assert model.to_single_token("Yes") == (marked if own_blank else inner)
     assert ids_of(model, " Yes Yes") == ids_of(model, "▁Yes Yes" if not own_blank else "Yes Yes") == [marked, marked]
