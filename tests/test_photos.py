@@ -18,7 +18,9 @@ from word_tokenizer import word_tokenizer
 
 from llava_lens.config import LlavaConfig
 from llava_lens.images import ImageProcessor
-from llava_lens.inputs import Processor, Roles, prepare
+from llava_lens.preparation import prepare
+from llava_lens.prompt import Processor
+from llava_lens.roles import Roles
 
 SIDE, PATCH, GRID = 336, 14, 24
 SQUARE: dict[str, Any] = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
