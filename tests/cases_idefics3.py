@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: tiles with marks between them, grids that are merged by 2 and by 3, black pictures as padding."""
+"""Idefics3 and SmolVLM: tiles with marks between them, grids merged by 2 and by 5, black pictures as padding."""
 
 from __future__ import annotations
 
@@ -67,18 +67,20 @@ def inputs(hf: Any, tiles: Sequence[Sequence[int]] = ((3, 1), (1,)), side: str =
     }
 
 
-def case(name: str, kind: str, model: str, given: dict[str, Any] | None = None, **how: Any) -> Case:
+def case(name: str, kind: str, model: str, given: Any = None, scale: int = 2, text: Any = None, **vision: int) -> Case:
     @cache
     def hf(attention: str, dtype: torch.dtype) -> Any:
-        return random_model(KINDS[kind][1], config(kind, **how), attention, dtype)
+        return random_model(KINDS[kind][1], config(kind, scale, text, **vision), attention, dtype)
 
     return Case(name, model, "SigLIP, pixel shuffle, Llama", hf, lambda hf: inputs(hf, **(given or {})))
 
 
+SMOLVLM = "SmolVLM, SmolVLM2 (images)"
+SHIFTED = {"image_size": 51, "patch_size": 2}
+"""A grid of 25 × 25, in which rounding puts some patches at their neighbour's position, and pixels that no patch sees."""
 CASES = [
-    case("smolvlm", "smolvlm", "SmolVLM, SmolVLM2 (images)"),
+    case("smolvlm", "smolvlm", SMOLVLM),
     case("idefics3", "idefics3", "Idefics3", text={"num_key_value_heads": 4, "head_dim": 24}),
-    case("idefics3-uneven", "idefics3", "Idefics3", scale=3, image_size=40, patch_size=6, text={"attention_bias": True}),
-    case("smolvlm-tied", "smolvlm", "SmolVLM, SmolVLM2 (images)", {"tiles": ((1, 1), (2,))}, scale=1,
-         text={"tie_word_embeddings": True}, hidden_act="gelu"),
-]  # fmt: skip
+    case("idefics3-shifted", "idefics3", "Idefics3", scale=5, text={"attention_bias": True}, **SHIFTED),
+    case("smolvlm-tied", "smolvlm", SMOLVLM, {"tiles": ((1, 1), (2,))}, 1, {"tie_word_embeddings": True}),
+]
