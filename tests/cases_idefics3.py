@@ -76,8 +76,8 @@ def case(name: str, kind: str, model: str, given: Any = None, scale: int = 2, te
 
 
 SMOLVLM = "SmolVLM, SmolVLM2 (images)"
-SHIFTED = {"image_size": 51, "patch_size": 2}
-"""A grid of 25 × 25, in which rounding puts some patches at their neighbour's position, and pixels that no patch sees."""
+SHIFTED = {"image_size": 51, "patch_size": 2, "num_hidden_layers": 1}
+"""A grid of 25 × 25: rounding puts some patches at their neighbour's position; and there are pixels outside of it."""
 CASES = [
     case("smolvlm", "smolvlm", SMOLVLM),
     case("idefics3", "idefics3", "Idefics3", text={"num_key_value_heads": 4, "head_dim": 24}),

@@ -7,7 +7,7 @@ Hugging Face's side pictures are padded with black ones, which here are left out
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,15 +35,6 @@ VIDEO = "<video>"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Idefics3VisionConfig(VisionConfig):
-    """SigLIP's tower as Idefics3 and SmolVLM have it."""
-
-    @classmethod
-    def towers(cls) -> Mapping[str, Mapping[str, Any]]:
-        return {"idefics3_vision": {"class_token": False}, "smolvlm_vision": {"class_token": False}}
-
-
-@dataclass(frozen=True, kw_only=True)
 class Idefics3Config(LlavaConfig):
     """A Llama behind a tower whose patches are merged, `scale_factor` in each direction."""
 
@@ -52,8 +43,12 @@ class Idefics3Config(LlavaConfig):
 
     @classmethod
     def facts_of(cls, hf: Any) -> dict[str, Any]:
-        """Raises `ValueError` for a grid of patches that cannot be merged evenly."""
-        vision = Idefics3VisionConfig.from_hf(hf.vision_config, -1, "full", merge=hf.scale_factor)
+        """Raises `ValueError` for a grid of patches that cannot be merged evenly.
+
+        What files of the hub call the tower says nothing: transformers has one for all of them.
+        """
+        how: dict[str, Any] = {"merge": hf.scale_factor, "family": "siglip_vision_model"}
+        vision = VisionConfig.from_hf(hf.vision_config, -1, "full", **how)
         if vision.merge < 1 or vision.grid[0] % vision.merge:
             raise ValueError(f"a grid of {vision.grid[0]} × {vision.grid[1]} patches and scale_factor {vision.merge}")
         name = type(hf).__name__.removesuffix("Config") + "ForConditionalGeneration"
