@@ -19,6 +19,8 @@ MODELS: dict[str, type | str] = {
     "llama": "llava_lens.model:HookedLlava",
     "mistral": "llava_lens.model:HookedLlava",
     "qwen2": "llava_lens.model:HookedLlava",
+    "idefics3": "llava_lens.models.idefics3:HookedIdefics3",
+    "smolvlm": "llava_lens.models.idefics3:HookedIdefics3",
     "blip": "llava_lens.models.blip:HookedBlip",
 }
 """`model_type` of a checkpoint → where its class is. `register` adds one."""
