@@ -86,12 +86,29 @@ class TowerConfig:
         activation(self.act_fn)
 
 
+TOWERS: Mapping[str, Mapping[str, Any]] = {
+    "clip_vision_model": {},
+    "siglip_vision_model": {"class_token": False},
+}
+"""The towers that a LLaVA may have, by `model_type`: where each differs from CLIP's."""
+
+
+def _side(given: Any) -> int | None:
+    """A square's side from one number or a pair of equal ones, None for anything else."""
+    sides = set(given) if isinstance(given, list | tuple) else {given}
+    side = sides.pop() if len(sides) == 1 else None
+    return side if isinstance(side, int) else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig(TowerConfig):
     """A vision tower: pictures cut into square patches, with CLIP's class token in front or without one.
 
     `merge` patches in each direction become one token of the decoder.
     """
+
+    towers: ClassVar[Mapping[str, Mapping[str, Any]]] = TOWERS
+    """The towers that a config of this class may describe, by `model_type`."""
 
     image_size: int
     patch_size: int
@@ -121,6 +138,12 @@ class VisionConfig(TowerConfig):
         return rows // self.merge, cols // self.merge
 
     @property
+    def n_tokens(self) -> int:
+        """Merged patches of one picture."""
+        rows, cols = self.token_grid
+        return rows * cols
+
+    @property
     def n_features(self) -> int:
         """Vectors that one picture sends to the projector: its patches, and the class token where it is kept."""
         return self.n_patches + self.keep_class_token
@@ -129,15 +152,16 @@ class VisionConfig(TowerConfig):
     def from_hf(
         cls: type[V], hf: Any, feature_layer: int | Sequence[int] = -1, select: str = "default", **changes: Any
     ) -> V:
-        """Read a tower's config (`TOWERS`); `feature_layer` counts as Hugging Face does (0 = before the first block).
+        """Read a tower's config (`towers`); `feature_layer` counts as Hugging Face does (0 = before the first block).
 
         Raises `ValueError` for another tower, sides that are not whole numbers, layers that are not there, and a
         class token that is to be cut off where there is none.
         """
-        if hf.model_type not in TOWERS:
-            raise ValueError(f"a tower of {hf.model_type!r}; expected {' or '.join(map(repr, TOWERS))}")
-        facts = dict(TOWERS[hf.model_type]) | changes
-        if not isinstance(hf.image_size, int) or not isinstance(hf.patch_size, int):
+        if hf.model_type not in cls.towers:
+            raise ValueError(f"a tower of {hf.model_type!r}; expected {' or '.join(map(repr, cls.towers))}")
+        facts = dict(cls.towers[hf.model_type]) | changes
+        image_size, patch_size = _side(hf.image_size), _side(hf.patch_size)
+        if image_size is None or patch_size is None:
             raise ValueError(
                 f"image_size {hf.image_size!r} and patch_size {hf.patch_size!r}: expected one integer each"
             )
@@ -166,21 +190,14 @@ class VisionConfig(TowerConfig):
             act_fn=hf.hidden_act,
             eps=hf.layer_norm_eps,
             normalization_type="LN",
-            n_ctx=(hf.image_size // hf.patch_size) ** 2 + class_token,
+            n_ctx=(image_size // patch_size) ** 2 + class_token,
             attn_bias=True,
             mlp_bias=True,
-            image_size=hf.image_size,
-            patch_size=hf.patch_size,
+            image_size=image_size,
+            patch_size=patch_size,
             n_channels=hf.num_channels,
         )
         return cls(**{**fields, **facts})
-
-
-TOWERS: Mapping[str, Mapping[str, Any]] = {
-    "clip_vision_model": {},
-    "siglip_vision_model": {"class_token": False},
-}
-"""The towers that a LLaVA may have, by `model_type`: where each differs from CLIP's."""
 
 
 def ending_tokens(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -310,6 +327,8 @@ class LlavaConfig(DecoderConfig):
     """The `model_type`s of the checkpoints that this class reads."""
     architecture: ClassVar[str] = "LlavaForConditionalGeneration"
     """The name of the class in transformers."""
+    Tower: ClassVar[type[VisionConfig]] = VisionConfig
+    """The class that reads the tower's config."""
 
     image_token_id: int | None = None
     projector_act_fn: str = "gelu"
@@ -363,7 +382,7 @@ class LlavaConfig(DecoderConfig):
         layer = getattr(hf, "vision_feature_layer", -1)
         select = getattr(hf, "vision_feature_select_strategy", "full")
         return dict(
-            vision=VisionConfig.from_hf(hf.vision_config, layer, select),
+            vision=cls.Tower.from_hf(hf.vision_config, layer, select),
             image_token_id=hf.image_token_id,
             projector_act_fn=getattr(hf, "projector_hidden_act", "gelu"),
             projector_bias=getattr(hf, "multimodal_projector_bias", True),
