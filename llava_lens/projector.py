@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llava_lens.config import LlavaConfig, activation
+from llava_lens.config import LlavaConfig, VisionConfig, activation
 from llava_lens.hooks import Hook
 
 
@@ -27,3 +28,13 @@ class Projector(nn.Module):
     def forward(self, features: Float[Tensor, "image feature d_features"]) -> Float[Tensor, "image feature d_model"]:
         pre = self.hook_pre(self.linear_1(self.hook_in(features)))
         return self.hook_out(self.linear_2(self.hook_post(self.act(pre))))
+
+
+def merged(
+    features: Float[Tensor, "image feature d_features"], vision: VisionConfig
+) -> Float[Tensor, "image token d_merged"]:
+    """Each square of `merge` × `merge` patches side by side in one vector, in reading order (a pixel shuffle)."""
+    side, (rows, cols) = vision.merge, vision.token_grid
+    return rearrange(
+        features, "image (row y col x) d -> image (row col) (y x d)", row=rows, y=side, col=cols, x=side
+    )

@@ -82,7 +82,7 @@ class Ground:
             return 0
         axes = self.model.hook(self.hook).axes.split()
         vision = self.model.cfg.vision
-        if vision is None or "patch" in axes:
+        if vision is None or "patch" in axes or "token" in axes:
             return 0
         return int(vision.keep_class_token if "feature" in axes else vision.class_token)
 
@@ -90,14 +90,24 @@ class Ground:
         """All positions, padding left out."""
         if not self.front:
             return self.row.columns
-        vision = self.model.cfg.vision
-        return tuple(range(vision.n_patches + self.class_token))
+        return tuple(range(len(self.patches()) + self.class_token))
 
     def patches(self, image: int | None = None) -> list[int]:
         """The position of every patch of a picture, in reading order."""
         if self.front:
-            return [self.class_token + i for i in range(self.model.cfg.vision.n_patches)]
+            rows, cols = self.own_grid
+            return [self.class_token + i for i in range(rows * cols)]
         return self.roles.patch_positions(self.image if image is None else image).flatten().tolist()
+
+    def _showing(self, number: int, image: int) -> list[int]:
+        """The positions at which one patch of a picture stands; in a tower that merges patches they are several."""
+        if not self.front:
+            return [self.patches(image)[number]]
+        picture, (rows, cols) = self.roles.picture(image), self.own_grid
+        side = rows // self.model.cfg.vision.token_grid[0]
+        row, col = ((at + first) * side for at, first in zip(divmod(number, picture.grid[1]), picture.offset, strict=True))
+        near = [(row + down, col + right) for down in range(side) for right in range(side)]
+        return [self.class_token + each[0] * cols + each[1] for each in near]
 
     def select(self, given: Any) -> Places:
         """The positions that are meant, ascending. Raises `LensError` for a role or a word that the prompt lacks."""
@@ -106,8 +116,7 @@ class Ground:
         if isinstance(given, Patches):
             if self.front and given.image != self.image:
                 raise LensError(f"patches of image {given.image} at {self.hook!r}, swept in image {self.image}")
-            patches = self.patches(given.image)
-            return tuple(patches[i] for i in given.numbers(self.roles))
+            return tuple(sorted(at for i in given.numbers(self.roles) for at in self._showing(i, given.image)))
         if isinstance(given, str):
             return self._named(given)
         if isinstance(given, Tensor | np.ndarray) and str(given.dtype) in ("bool", "torch.bool"):
@@ -172,18 +181,24 @@ class Ground:
     def names(self) -> tuple[int | str, ...]:
         """What each position is called."""
         if self.front:
-            cols = self.model.cfg.vision.grid[1]
+            rows, cols = self.own_grid
             class_token = ("class token",) * self.class_token
-            return (*class_token, *(f"patch {divmod(i, cols)}" for i in range(self.model.cfg.vision.n_patches)))
+            return (*class_token, *(f"patch {divmod(i, cols)}" for i in range(rows * cols)))
         from llava_lens.analysis.attribution.query import names_of
 
         return names_of(self.row.roles) if self.row.roles is not None else tuple(range(self.row.n_columns))
 
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the picture's patches."""
+        """Rows and columns of the picture's patches, as they stand at the hook."""
         if self.model.cfg.vision is None or not self.row.n_images:
             raise LensError("a sweep over patches needs a picture; the prompt has none")
-        return self.model.cfg.vision.grid
+        return self.own_grid if self.front else self.roles.grid(self.image)
+
+    @property
+    def own_grid(self) -> tuple[int, int]:
+        """Rows and columns of a picture at a hook of tower or projector, where patches may have been merged."""
+        vision = self.model.cfg.vision
+        return vision.token_grid if "token" in self.model.hook(self.hook).axes.split() else vision.grid
 
 
 def layers_of(given: Any, n: int) -> list[int]:
