@@ -15,6 +15,7 @@ from llava_lens.checkpoint import model_type_of
 from llava_lens.errors import LensError, nearest
 
 MODELS: dict[str, str] = {
+    "internvl": "llava_lens.models.internvl:HookedInternVL",
     "llava": "llava_lens.model:HookedLlava",
     "llama": "llava_lens.model:HookedLlava",
     "mistral": "llava_lens.model:HookedLlava",
