@@ -35,6 +35,4 @@ def merged(
 ) -> Float[Tensor, "image token d_merged"]:
     """Each square of `merge` × `merge` patches side by side in one vector, in reading order (a pixel shuffle)."""
     side, (rows, cols) = vision.merge, vision.token_grid
-    return rearrange(
-        features, "image (row y col x) d -> image (row col) (y x d)", row=rows, y=side, col=cols, x=side
-    )
+    return rearrange(features, "image (row y col x) d -> image (row col) (y x d)", row=rows, y=side, col=cols, x=side)

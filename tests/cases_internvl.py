@@ -30,9 +30,7 @@ def config(decoder: str = "qwen2", text: dict[str, Any] | None = None, **changes
     merge = round(1 / own.get("downsample_ratio", 0.5))
     each = (tower.image_size[0] // tower.patch_size[0] // merge) ** 2  # type: ignore[index]
     own = {"tie_word_embeddings": False, **own}
-    return InternVLConfig(
-        text_config=words, vision_config=tower, image_token_id=IMAGE, image_seq_length=each, **own
-    )
+    return InternVLConfig(text_config=words, vision_config=tower, image_token_id=IMAGE, image_seq_length=each, **own)
 
 
 def inputs(hf: Any, images: tuple[int, ...] = (1, 2), pad: str | None = "left") -> dict[str, Any]:

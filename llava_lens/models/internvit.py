@@ -1,7 +1,7 @@
 """InternVL's vision tower: CLIP's plan without a norm in front, and a learned factor on every number that a layer adds.
 
-Unusual: the factor belongs to the matrix before it (`Scaled`), whose `weight` and `bias` are already multiplied. So
-`W_O`, `b_O` and `W_out` say what reaches the stream, and heads, neurons and biases sum to it, with no rule of their own.
+Unusual: the factor belongs to the matrix before it (`Scaled`), whose `weight` and `bias` are multiplied already. So
+`W_O`, `b_O` and `W_out` say what reaches the stream; heads, neurons and biases sum to it with no rule of their own.
 """
 
 from __future__ import annotations

@@ -45,7 +45,8 @@ class InternVLConfig(LlavaConfig):
         if merge < 2 or merge * ratio != 1 or side % merge:
             fits = " or ".join(f"1/{n}" for n in range(2, side + 1) if side % n == 0)
             raise ValueError(f"downsample_ratio {ratio!r} of {side} × {side} patches; expected {fits}")
-        return facts | {"vision": replace(facts["vision"], merge=merge)}
+        tied = hf.tie_word_embeddings and hf.text_config.tie_word_embeddings  # untied releases say so in one place
+        return facts | {"vision": replace(facts["vision"], merge=merge), "tie_word_embeddings": tied}
 
 
 class MergedNorm(LayerNorm):

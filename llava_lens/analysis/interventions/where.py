@@ -105,7 +105,9 @@ class Ground:
             return [self.patches(image)[number]]
         picture, (rows, cols) = self.roles.picture(image), self.own_grid
         side = rows // self.model.cfg.vision.token_grid[0]
-        row, col = ((at + first) * side for at, first in zip(divmod(number, picture.grid[1]), picture.offset, strict=True))
+        row, col = (
+            (at + first) * side for at, first in zip(divmod(number, picture.grid[1]), picture.offset, strict=True)
+        )
         near = [(row + down, col + right) for down in range(side) for right in range(side)]
         return [self.class_token + each[0] * cols + each[1] for each in near]
 
