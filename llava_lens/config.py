@@ -143,6 +143,14 @@ class VisionConfig(TowerConfig):
         rows, cols = self.token_grid
         return rows * cols
 
+    def merges(self, token: int) -> tuple[int, ...]:
+        """The numbers of the features that become one token of a picture, in reading order."""
+        if self.merge == 1:
+            return (token,)
+        row, col = (self.merge * at for at in divmod(token, self.token_grid[1]))
+        near = range(self.merge)
+        return tuple((row + down) * self.grid[1] + col + right for down in near for right in near)
+
     @property
     def n_features(self) -> int:
         """Vectors that one picture sends to the projector: its patches, and the class token where it is kept."""

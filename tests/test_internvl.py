@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from llava_lens import HookedMLLM
-from llava_lens.analysis import Patches, knock_out, patch, tower_attribution
+from llava_lens.analysis import Patches, knock_out, patch, tower_attribution, tower_lens, visual_words
 from llava_lens.errors import LensError
 from llava_lens.maps import importance_map
 from llava_lens.models.internvl import HookedInternVL, InternVLConfig
@@ -319,6 +319,46 @@ def test_occlusion_of_a_tile_is_full_runs() -> None:
     assert abs(float(found[1, 0]) - float(said[0] - said[1])) < 1e-4
 
 
+@pytest.mark.parametrize("through", ["tower", "both"])
+def test_relevancy_through_the_tower_goes_to_the_merged_patches(through: str) -> None:
+    """By hand: patterns and their gradients from autograd, whole matrices instead of one row."""
+    ours = model()
+    given = ours.prepare("w20 w21", picture(64, 32))
+    found = importance_map(ours, given, "relevancy", answer=5, image=1, through=through, progress=False).values
+    names = [f"{stack}blocks.{i}.attn.hook_pattern" for stack in ("vision.", "") for i in range(3)]
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(act: torch.Tensor, hook: Any) -> torch.Tensor:
+        kept[hook.name] = act.requires_grad_() if not act.requires_grad else act
+        return kept[hook.name].view_as(act)
+
+    with ours.hooks(fwd_hooks=[(name, keep) for name in names]), torch.enable_grad():
+        aim = ours(given)[0, -1, 5]
+        grads = dict(zip(names, torch.autograd.grad(aim, [kept[name] for name in names]), strict=True))
+
+    def rollout(stack: str, sample: int) -> torch.Tensor:
+        total = torch.eye(kept[f"{stack}blocks.0.attn.hook_pattern"].shape[-1])
+        for name in names[:3] if stack else names[3:]:
+            total = total + (kept[name] * grads[name])[sample].relu().mean(0) @ total
+        return total
+
+    squares = [[1 + 4 * (2 * r + y) + 2 * c + x for y in (0, 1) for x in (0, 1)] for r in (0, 1) for c in (0, 1)]
+    tokens = rollout("", 0)[-1, given.positions("image", 1)] if through == "both" else torch.full((4,), 0.25)
+    tower, merge = rollout("vision.", 1), torch.zeros(4, 17)
+    for token, square in enumerate(squares):
+        merge[token, square] = 1.0
+    true = merge @ ((tokens / 4) @ merge @ tower)
+    torch.testing.assert_close(found.flatten(), true.detach(), atol=1e-6, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_towers_last_layer_read_as_words_is_what_the_decoder_gets() -> None:
+    given = model().prepare("w20 w21", picture(64, 32))
+    _, cache = model().run_with_cache(given)
+    layers, last = (lens(cache, answer=5, image=2).values for lens in (tower_lens, visual_words))
+    assert tuple(layers.shape) == (4, 2, 2, 5) and torch.equal(layers[-1], last)
+
+
 # ---- files
 
 
@@ -348,6 +388,24 @@ def test_a_folder_gives_model_and_processor(layout: str, tmp_path: Path) -> None
     got, true = (each.prepare("w20 w21", picture(40, 90)) for each in (ours, model()))
     assert all(torch.equal(got[name], true[name]) for name in ("input_ids", "pixel_values"))
     assert torch.equal(ours(got), hf(**model().for_hf(true)).logits)
+
+
+@torch.no_grad()
+def test_an_unembedding_of_its_own_is_kept_though_the_outer_config_says_tied(tmp_path: Path) -> None:
+    random_internvl().save_pretrained(tmp_path)
+    facts = json.loads((tmp_path / "config.json").read_text())
+    del facts["tie_word_embeddings"]  # as the first releases were saved; transformers reads it as true
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    from llava_lens.weights import load_weights, open_checkpoint
+
+    checkpoint = open_checkpoint(tmp_path, families=("internvl",))
+    assert checkpoint.config.tie_word_embeddings
+    with torch.device("meta"):
+        ours = HookedInternVL(InternVLConfig.from_hf(checkpoint.config))
+    load_weights(ours, checkpoint, table=HookedInternVL.weight_table)
+    hf = InternVLForConditionalGeneration.from_pretrained(tmp_path).eval()
+    tokens = torch.tensor([[5, 9, 14]])
+    assert torch.equal(ours.ready()(tokens), hf(input_ids=tokens).logits)
 
 
 def test_a_missing_and_an_unknown_weight_are_one_error_each() -> None:

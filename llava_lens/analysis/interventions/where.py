@@ -103,13 +103,11 @@ class Ground:
         """The positions at which one patch of a picture stands; in a tower that merges patches they are several."""
         if not self.front:
             return [self.patches(image)[number]]
-        picture, (rows, cols) = self.roles.picture(image), self.own_grid
-        side = rows // self.model.cfg.vision.token_grid[0]
-        row, col = (
-            (at + first) * side for at, first in zip(divmod(number, picture.grid[1]), picture.offset, strict=True)
-        )
-        near = [(row + down, col + right) for down in range(side) for right in range(side)]
-        return [self.class_token + each[0] * cols + each[1] for each in near]
+        picture, vision = self.roles.picture(image), self.model.cfg.vision
+        row, col = (at + first for at, first in zip(divmod(number, picture.grid[1]), picture.offset, strict=True))
+        token = row * vision.token_grid[1] + col
+        own = (token,) if self.own_grid == vision.token_grid else vision.merges(token)
+        return [self.class_token + each for each in own]
 
     def select(self, given: Any) -> Places:
         """The positions that are meant, ascending. Raises `LensError` for a role or a word that the prompt lacks."""
