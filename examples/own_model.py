@@ -8,6 +8,7 @@ and its answers mean nothing. `docs/extending.md` builds this file step by step.
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import DeepseekVLConfig, DeepseekVLForConditionalGeneration, LlamaConfig, SiglipVisionConfig
@@ -53,7 +54,7 @@ register("deepseek_vl", HookedDeepseek)
 
 def stand_in() -> DeepseekVLForConditionalGeneration:
     """A small random DeepSeek-VL."""
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    sizes: dict[str, Any] = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
     text = LlamaConfig(vocab_size=60, **sizes)
     vision = SiglipVisionConfig(image_size=32, patch_size=8, **sizes)
     config = DeepseekVLConfig(text_config=text, vision_config=vision, image_token_id=59)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava_lens.errors import LensError
-from llava_lens.pictures import Layout, Picture
+from llava_lens.pictures import Layout, Picture, side_of
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -86,29 +86,12 @@ class TowerConfig:
         activation(self.act_fn)
 
 
-TOWERS: Mapping[str, Mapping[str, Any]] = {
-    "clip_vision_model": {},
-    "siglip_vision_model": {"class_token": False},
-}
-"""The towers that a LLaVA may have, by `model_type`: where each differs from CLIP's."""
-
-
-def _side(given: Any) -> int | None:
-    """A square's side from one number or a pair of equal ones, None for anything else."""
-    sides = set(given) if isinstance(given, list | tuple) else {given}
-    side = sides.pop() if len(sides) == 1 else None
-    return side if isinstance(side, int) else None
-
-
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig(TowerConfig):
     """A vision tower: pictures cut into square patches, with CLIP's class token in front or without one.
 
     `merge` patches in each direction become one token of the decoder.
     """
-
-    towers: ClassVar[Mapping[str, Mapping[str, Any]]] = TOWERS
-    """The towers that a config of this class may describe, by `model_type`."""
 
     image_size: int
     patch_size: int
@@ -138,23 +121,30 @@ class VisionConfig(TowerConfig):
         return rows // self.merge, cols // self.merge
 
     @property
-    def n_tokens(self) -> int:
-        """Merged patches of one picture."""
-        rows, cols = self.token_grid
-        return rows * cols
-
-    def merges(self, token: int) -> tuple[int, ...]:
-        """The numbers of the features that become one token of a picture, in reading order."""
-        if self.merge == 1:
-            return (token,)
-        row, col = (self.merge * at for at in divmod(token, self.token_grid[1]))
-        near = range(self.merge)
-        return tuple((row + down) * self.grid[1] + col + right for down in near for right in near)
-
-    @property
     def n_features(self) -> int:
         """Vectors that one picture sends to the projector: its patches, and the class token where it is kept."""
         return self.n_patches + self.keep_class_token
+
+    @property
+    def n_merged(self) -> int:
+        """Vectors that one picture sends to the decoder, in the projector's own hooks too."""
+        return self.token_grid[0] * self.token_grid[1] + self.keep_class_token
+
+    @property
+    def d_merged(self) -> int:
+        """Numbers that the projector gets for each of them."""
+        return self.d_model * len(self.feature_layers) * self.merge**2
+
+    def patches_of(self, token: int) -> list[int]:
+        """Which of a picture's patches one of its tokens (without the class token) shows, all in reading order."""
+        (row, col), columns = divmod(token, self.token_grid[1]), self.grid[1]
+        rows, cols = (range(at * self.merge, (at + 1) * self.merge) for at in (row, col))
+        return [r * columns + c for r in rows for c in cols]
+
+    @classmethod
+    def towers(cls) -> Mapping[str, Mapping[str, Any]]:
+        """The towers that a config of this class describes, by `model_type`: where each differs from CLIP's."""
+        return TOWERS
 
     @classmethod
     def from_hf(
@@ -162,13 +152,16 @@ class VisionConfig(TowerConfig):
     ) -> V:
         """Read a tower's config (`towers`); `feature_layer` counts as Hugging Face does (0 = before the first block).
 
+        `family` stands in for the config's `model_type`, where that says nothing.
+
         Raises `ValueError` for another tower, sides that are not whole numbers, layers that are not there, and a
         class token that is to be cut off where there is none.
         """
-        if hf.model_type not in cls.towers:
-            raise ValueError(f"a tower of {hf.model_type!r}; expected {' or '.join(map(repr, cls.towers))}")
-        facts = dict(cls.towers[hf.model_type]) | changes
-        image_size, patch_size = _side(hf.image_size), _side(hf.patch_size)
+        family = changes.get("family", hf.model_type)
+        if family not in (towers := cls.towers()):
+            raise ValueError(f"a tower of {family!r}; expected {' or '.join(map(repr, towers))}")
+        facts = dict(towers[family]) | changes
+        image_size, patch_size = side_of(hf.image_size), side_of(hf.patch_size)
         if image_size is None or patch_size is None:
             raise ValueError(
                 f"image_size {hf.image_size!r} and patch_size {hf.patch_size!r}: expected one integer each"
@@ -184,7 +177,7 @@ class VisionConfig(TowerConfig):
             raise ValueError(f"vision_feature_layer {feature_layer!r}: expected {-total - 1} … {total}")
         layers = tuple(layer if layer >= 0 else total + 1 + layer for layer in asked)
         fields = dict(
-            family=hf.model_type,
+            family=family,
             n_layers=max(layers),
             n_layers_total=total,
             feature_layers=layers,
@@ -206,6 +199,13 @@ class VisionConfig(TowerConfig):
             n_channels=hf.num_channels,
         )
         return cls(**{**fields, **facts})
+
+
+TOWERS: Mapping[str, Mapping[str, Any]] = {
+    "clip_vision_model": {},
+    "siglip_vision_model": {"class_token": False},
+}
+"""The towers that a LLaVA may have, by `model_type`: where each differs from CLIP's."""
 
 
 def ending_tokens(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,8 +121,8 @@ class Recorder:
     def _recipe(self, recipe: Derived, hook: Hook) -> Derived | Tensor:
         """The recipe of the kept positions on the device asked for, or what it says."""
         _, cut = self.cuts.of(hook)
-        if cut.mode != "identity":
-            length = recipe.shape[self.cuts.axis(hook) or 0]
+        if cut.mode != "identity" and (axis := self.cuts.axis(hook)) is not None:
+            length = recipe.shape[axis]
             self.cuts.count(hook, length)
             rows = np.ravel(cut.indices(length)).tolist()
             recipe = recipe.cut(lambda source, axis: self._kept(source, hook, axis, source.dtype), rows)
@@ -156,7 +156,7 @@ class Recorder:
         """What was cut or moved in this block, and the last thing before it; masks are the whole run's."""
         if act.dtype == torch.bool:
             return self._masks
-        match = re.match(r"(vision\.)?blocks\.\d+", hook.name or "")
+        match = re.match(r"(\w+\.)?blocks\.\d+", hook.name or "")
         block = match[0] if match else ""
         if block != self._block:
             self._block, self._recent = block, dict(list(self._recent.items())[-1:])

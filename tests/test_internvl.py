@@ -109,7 +109,8 @@ def test_bytes_are_told_before_a_run(odd: str) -> None:
     ours, given = HookedMLLM.from_hf(hf), inputs(hf)
     for path in ("reference", "fused"):
         with ours.use(path):
-            assert ours.cache_bytes(**given) == ours.run_with_cache(**given)[1].nbytes
+            for how in ({}, {"dtype": torch.bfloat16}, {"pos_slice": -1, "vision_pos_slice": slice(1, 3)}):
+                assert ours.cache_bytes(**given, **how) == ours.run_with_cache(**given, **how)[1].nbytes
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_an_account_through_merged_patches_is_refused() -> None:
     given = model().prepare("w20 w21", picture(64, 32))
     with torch.no_grad():
         _, cache = model().run_with_cache(given)
-    with pytest.raises(LensError, match="merges 2 × 2 patches"):
+    with pytest.raises(LensError, match="InternVLProjector behind InternVit"):
         tower_attribution(cache, 5)
 
 
@@ -290,9 +291,9 @@ def test_patches_and_knock_outs_are_full_runs() -> None:
     assert abs(float(whole[1, 1, 0]) - restored("blocks.1.hook_resid_pre", at)) < 1e-4
     tower = patch(ours, clean, other, "vision.resid_pre", ("layer", "position"), at=(7,), image=1, **how).values
     assert abs(float(tower[2, 7]) - restored("vision.blocks.2.hook_resid_pre", 7, 1)) < 1e-4
-    joined = patch(ours, clean, other, "projector.hook_merged", ("patch",), image=1, **how).values
+    joined = patch(ours, clean, other, "projector.hook_in", ("patch",), image=1, **how).values
     assert tuple(joined.shape) == (2, 2)
-    assert abs(float(joined[1, 0]) - restored("projector.hook_merged", 2, 1)) < 1e-4
+    assert abs(float(joined[1, 0]) - restored("projector.hook_in", 2, 1)) < 1e-4
     mask = np.array([[False, True], [False, False]])
     several = patch(ours, clean, other, "vision.resid_pre", ("layer",), at=Patches(mask, image=1), image=1, **how)
     four = [1 + row * 4 + col for row in (0, 1) for col in (2, 3)]  # of 4 × 4 patches, behind the class token

@@ -29,8 +29,7 @@ def relevancy(case: Case, *, through: str = "decoder") -> Float[Tensor, " patch"
     "decoder": the last position's row at the image tokens. "tower": the tower's rows, averaged over the image tokens
     that the decoder gets. "both": the decoder's row carried through the tower's, `Σ_token R_decoder · R_tower`, as
     LVLM-Interpret's parts are chained (arXiv 2404.03118). With a second answer the gradient is that of the difference
-    of logits. A tower read at several layers counts as the mean of their relevancies; a token that several patches are
-    merged into stands for their mean, and gets their sum.
+    of logits. A tower read at several layers counts as the mean of their relevancies.
     """
     if through not in THROUGH:
         raise LensError(f"through={through!r}; expected {', '.join(map(repr, THROUGH))}")
@@ -73,21 +72,23 @@ def decoder(case: Case, x: Float[Tensor, "1 pos d"]) -> tuple[Float[Tensor, " po
 def tower(
     case: Case, x: Tensor, gradient: Tensor, patterns: dict[str, Tensor], token: Float[Tensor, " token"]
 ) -> Float[Tensor, " patch"]:
-    """Weights of the image tokens carried through the tower's relevancies back to its patches."""
+    """Weights of the image tokens carried through the tower's relevancies back to its patches.
+
+    A token that several patches are merged into gives each an equal share, and gets back the sum of theirs.
+    """
     cfg = case.model.cfg.vision
     grads = torch.autograd.grad(x, list(patterns.values()), gradient, allow_unused=True) if patterns else ()
     start = int(cfg.class_token and not cfg.keep_class_token)
     numbers = shown(case.inputs, 0, case.model.cfg)[case.image][1]
-    read = start + torch.tensor([cfg.merges(number) for number in numbers], device=token.device)
+    read = torch.tensor([[start + patch for patch in cfg.patches_of(number)] for number in numbers])
     row = torch.zeros(cfg.n_ctx, dtype=token.dtype, device=token.device)
     weights = list(zip(patterns.values(), grads, strict=True))
     for layer in range(cfg.n_layers, -1, -1):
-        share = list(cfg.feature_layers).count(layer) / len(cfg.feature_layers) / read.shape[1]
-        row[read] += token[:, None] * share
+        row[read] += token[:, None] / cfg.merge**2 * (list(cfg.feature_layers).count(layer) / len(cfg.feature_layers))
         if layer and weights[layer - 1][1] is not None:
             pattern, at_pattern = weights[layer - 1]
             row = row + row @ weighted(pattern[case.image], at_pattern[case.image])
-    return row[read[int(cfg.keep_class_token) :]].sum(1)
+    return row[read[int(cfg.keep_class_token) :]].sum(-1)
 
 
 def weighted(pattern: Float[Tensor, "head query key"], gradient: Tensor) -> Float[Tensor, "query key"]:

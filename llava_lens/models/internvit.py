@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,14 +30,16 @@ QK_EPS = 1e-6
 class InternVitConfig(VisionConfig):
     """`qk_norm`: queries and keys pass an RMSNorm over all heads together."""
 
-    towers: ClassVar[Mapping[str, Mapping[str, Any]]] = {"internvl_vision": {}}
-
     qk_norm: bool = False
+
+    @classmethod
+    def towers(cls) -> Mapping[str, Mapping[str, Any]]:
+        return {"internvl_vision": {}}
 
     @classmethod
     def from_hf(cls, hf: Any, feature_layer: Any = -1, select: str = "default", **changes: Any) -> InternVitConfig:
         """Read an `InternVLVisionConfig`. Raises `ValueError` for what is not computed here, as CLIP's does."""
-        if hf.model_type in cls.towers:
+        if hf.model_type in cls.towers():
             _refuse(hf, feature_layer, select)
             own = dict(attn_bias=hf.attention_bias, attn_out_bias=True, qk_norm=hf.use_qk_norm)
             changes = own | dict(normalization_type=NORMS[hf.norm_type]) | changes

@@ -12,20 +12,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from llava_lens.config import LlavaConfig, VisionConfig, activation
-from llava_lens.hooks import Hook
+from llava_lens.config import LlavaConfig
 from llava_lens.images import ImageProcessor
 from llava_lens.model import HookedLlava
 from llava_lens.models.internvit import InternVit, InternVitConfig
-from llava_lens.norms import LayerNorm
 from llava_lens.pictures import Axis, Layout, PixelMap
-from llava_lens.projector import Projector, merged
+from llava_lens.projector import FeatureNorm, Projector
 from llava_lens.prompt import Processor
-from llava_lens.regions import Region
 from llava_lens.rename import LLAVA_TABLE, Row, Unused
 
 
@@ -49,38 +47,24 @@ class InternVLConfig(LlavaConfig):
         return facts | {"vision": replace(facts["vision"], merge=merge), "tie_word_embeddings": tied}
 
 
-class MergedNorm(LayerNorm):
-    """A norm of merged patches, in front of the projector's matrices."""
-
-    def __init__(self, vision: VisionConfig, width: int):
-        super().__init__(replace(vision, d_model=width, eps=1e-5))
-        self.hook_scale = Hook("batch token 1")
-        self.hook_normalized = Hook("batch token d_merged")
-        self.norm = Region(self.hook_scale, self.hook_normalized)
-
-
 class InternVLProjector(Projector):
-    """Squares of patches side by side, a norm, and two layers; `hook_out` takes the place of the image tokens."""
+    """Squares of patches side by side (`hook_in`), a norm, and LLaVA's two layers."""
 
     def __init__(self, cfg: LlavaConfig):
-        nn.Module.__init__(self)
+        super().__init__(cfg)
         assert cfg.vision is not None
-        self.vision = cfg.vision
-        width = cfg.vision.d_model * cfg.vision.merge**2
-        self.hook_in = Hook("batch feature d_features")
-        self.hook_merged = Hook("batch token d_merged")
-        self.ln = MergedNorm(cfg.vision, width)
-        self.linear_1 = nn.Linear(width, cfg.d_model)
-        self.hook_pre = Hook("batch token d_model")
-        self.act = activation(cfg.projector_act_fn)
-        self.hook_post = Hook("batch token d_model")
-        self.linear_2 = nn.Linear(cfg.d_model, cfg.d_model)
-        self.hook_out = Hook("batch token d_model")
+        self.merge, self.columns = cfg.vision.merge, cfg.vision.token_grid[1]
 
-    def forward(self, features: Float[Tensor, "image feature d_features"]) -> Float[Tensor, "image token d_model"]:
-        x = self.hook_merged(merged(self.hook_in(features), self.vision))
-        pre = self.hook_pre(self.linear_1(self.ln(x)))
-        return self.hook_out(self.linear_2(self.hook_post(self.act(pre))))
+    def make_norm(self, cfg: LlavaConfig, width: int) -> FeatureNorm:
+        assert cfg.vision is not None
+        return FeatureNorm(cfg.vision, width, 1e-5)
+
+    def forward(self, features: Float[Tensor, "image patch d"]) -> Float[Tensor, "image feature d_model"]:
+        merged = rearrange(
+            features, "image (row down col across) d -> image (row col) (down across d)",
+            down=self.merge, across=self.merge, col=self.columns,
+        )  # fmt: skip
+        return super().forward(merged)
 
 
 class InternVLImages(ImageProcessor):
@@ -157,7 +141,7 @@ class HookedInternVL(HookedLlava):
         Row("tower:encoder.layer.{l}.mlp.fc1.{p}", "vision.blocks.{l}.mlp.in_proj.{p}"),
         Row("tower:encoder.layer.{l}.mlp.fc2.{p}", "vision.blocks.{l}.mlp.out_proj.linear.{p}"),
         Row("tower:encoder.layer.{l}.lambda_2", "vision.blocks.{l}.mlp.out_proj.factor"),
-        Row("projector:layer_norm.{p}", "projector.ln.{p}"),
+        Row("projector:layer_norm.{p}", "projector.norm.{p}"),
         Unused("tower:embeddings.mask_token"),
         Unused("tower:layernorm.{p}"),
         *LLAVA_TABLE,

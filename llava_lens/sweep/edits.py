@@ -20,7 +20,7 @@ from llava_lens.hooks import Hook, reader
 
 How = Literal["replace", "add", "multiply"]
 Places = tuple[int, ...]
-AXES = {"pos": ("pos", "query", "patch", "feature", "token"), "head": ("head", "kv_head"), "key": ("key",)}
+AXES = {"pos": ("pos", "query", "patch", "feature"), "head": ("head", "kv_head"), "key": ("key",)}
 """What a selection is called → the hook axes that it selects along; `neuron` is the last axis."""
 FRONT = ("vision.", "projector.")
 """Prefixes of the hooks whose samples are pictures."""

@@ -52,9 +52,6 @@ class Picture:
             raise LensError(f"image {image!r} of row {row}; expected none: the prompt has no picture")
         image = whole(f"row {row}: image", image, 0, len(pictures) - 1)
         before = sum(len(shown(cache.inputs, i, cfg)) for i in range(row))
-        if cfg.vision.merge > 1:
-            each = f"{cfg.vision.merge} × {cfg.vision.merge} patches"
-            raise LensError(f"a projector that merges {each} into one token; expected one that takes each by itself")
         own, numbers = pictures[image]
         every = cache.inputs.slots(cfg)[row].nonzero()[:, 0].tolist()
         if numbers != list(range(n := cfg.vision.n_features)):  # type: ignore[union-attr]

@@ -82,7 +82,7 @@ class Ground:
             return 0
         axes = self.model.hook(self.hook).axes.split()
         vision = self.model.cfg.vision
-        if vision is None or "patch" in axes or "token" in axes:
+        if vision is None or "patch" in axes:
             return 0
         return int(vision.keep_class_token if "feature" in axes else vision.class_token)
 
@@ -90,24 +90,14 @@ class Ground:
         """All positions, padding left out."""
         if not self.front:
             return self.row.columns
-        return tuple(range(len(self.patches()) + self.class_token))
+        rows, cols = self.grid()
+        return tuple(range(rows * cols + self.class_token))
 
     def patches(self, image: int | None = None) -> list[int]:
         """The position of every patch of a picture, in reading order."""
         if self.front:
-            rows, cols = self.own_grid
-            return [self.class_token + i for i in range(rows * cols)]
+            return list(self.every()[self.class_token :])
         return self.roles.patch_positions(self.image if image is None else image).flatten().tolist()
-
-    def _showing(self, number: int, image: int) -> list[int]:
-        """The positions at which one patch of a picture stands; in a tower that merges patches they are several."""
-        if not self.front:
-            return [self.patches(image)[number]]
-        picture, vision = self.roles.picture(image), self.model.cfg.vision
-        row, col = (at + first for at, first in zip(divmod(number, picture.grid[1]), picture.offset, strict=True))
-        token = row * vision.token_grid[1] + col
-        own = (token,) if self.own_grid == vision.token_grid else vision.merges(token)
-        return [self.class_token + each for each in own]
 
     def select(self, given: Any) -> Places:
         """The positions that are meant, ascending. Raises `LensError` for a role or a word that the prompt lacks."""
@@ -116,7 +106,10 @@ class Ground:
         if isinstance(given, Patches):
             if self.front and given.image != self.image:
                 raise LensError(f"patches of image {given.image} at {self.hook!r}, swept in image {self.image}")
-            return tuple(sorted(at for i in given.numbers(self.roles) for at in self._showing(i, given.image)))
+            patches, numbers = self.patches(given.image), given.numbers(self.roles)
+            if self.prefix == "vision.":
+                numbers = sorted(patch for number in numbers for patch in self.model.cfg.vision.patches_of(number))
+            return tuple(patches[i] for i in numbers)
         if isinstance(given, str):
             return self._named(given)
         if isinstance(given, Tensor | np.ndarray) and str(given.dtype) in ("bool", "torch.bool"):
@@ -181,7 +174,7 @@ class Ground:
     def names(self) -> tuple[int | str, ...]:
         """What each position is called."""
         if self.front:
-            rows, cols = self.own_grid
+            rows, cols = self.grid()
             class_token = ("class token",) * self.class_token
             return (*class_token, *(f"patch {divmod(i, cols)}" for i in range(rows * cols)))
         from llava_lens.analysis.attribution.query import names_of
@@ -189,16 +182,17 @@ class Ground:
         return names_of(self.row.roles) if self.row.roles is not None else tuple(range(self.row.n_columns))
 
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the picture's patches, as they stand at the hook."""
+        """Rows and columns of the picture's patches; in decoder and projector of what each token shows."""
         if self.model.cfg.vision is None or not self.row.n_images:
             raise LensError("a sweep over patches needs a picture; the prompt has none")
-        return self.own_grid if self.front else self.roles.grid(self.image)
-
-    @property
-    def own_grid(self) -> tuple[int, int]:
-        """Rows and columns of a picture at a hook of tower or projector, where patches may have been merged."""
         vision = self.model.cfg.vision
-        return vision.token_grid if "token" in self.model.hook(self.hook).axes.split() else vision.grid
+        return (
+            vision.grid
+            if self.prefix == "vision."
+            else vision.token_grid
+            if self.front
+            else self.roles.grid(self.image)
+        )
 
 
 def layers_of(given: Any, n: int) -> list[int]:
