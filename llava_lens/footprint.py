@@ -65,7 +65,7 @@ class Footprint:
         if axis is None and dtype == own:
             return Piece((name,), kept_numel(self.model.hook(name), self.sizes, None) * own.itemsize)
         vision: Any = self.model.cfg.vision
-        shared = SHARED if vision is not None and vision.merge == 1 else SHARED[:1]
+        shared = SHARED[:1] if getattr(vision, "merge", 1) > 1 else SHARED
         if hook.name in shared and vision.keep_class_token < vision.class_token:
             name = SHARED[0]  # a part of the stream, which is converted by itself
         size = kept_numel(hook, self.sizes, self.cuts if axis is not None else None)
