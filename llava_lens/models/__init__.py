@@ -21,6 +21,7 @@ MODELS: dict[str, type | str] = {
     "qwen2": "llava_lens.model:HookedLlava",
     "idefics3": "llava_lens.models.idefics3:HookedIdefics3",
     "smolvlm": "llava_lens.models.idefics3:HookedIdefics3",
+    "internvl": "llava_lens.models.internvl:HookedInternVL",
     "blip": "llava_lens.models.blip:HookedBlip",
 }
 """`model_type` of a checkpoint → where its class is. `register` adds one."""
