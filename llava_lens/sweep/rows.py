@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from llava_lens.errors import LensError
@@ -80,6 +81,17 @@ class Row:
         if not self.n_images:
             return []
         return shown(self.inputs, 0, model.cfg)
+
+    def seen(self, model: Any) -> Bool[Tensor, "place place"] | None:
+        """Which places each place sees; None where that is all earlier ones, as causality says."""
+        if not getattr(model, "follows_inputs", False):
+            return None
+        inputs = self.compact
+        mask = model.mask(None, 0, inputs.tokens[..., None], inputs)
+        if mask.allowed is not None:
+            return mask.allowed.expand(1, 1, inputs.n_pos, inputs.n_pos)[0, 0]
+        everything = torch.ones(inputs.n_pos, inputs.n_pos, dtype=torch.bool, device=inputs.tokens.device)
+        return None if mask.causal else everything
 
     def place_of(self, column: int) -> int:
         """A position's place without the padding; raises `LensError` for padding and what is not there."""
