@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -94,11 +95,16 @@ class Footprint:
             rot = "rot_" if f"{prefix}hook_rot_q" in self.model.hook_dict else ""
             yield self._piece(self.model.hook(f"{prefix}hook_{rot}q"), cut, None)
             yield self._piece(self.model.hook(f"{prefix}hook_{rot}k"), None, None)
-            mask = self.inputs.attention_mask
-            if not name.startswith(TOWER) and mask is not None and not bool(mask.all()):
+            if not name.startswith(TOWER) and self._has_mask:
                 lengths, n = self.sizes[""], self.inputs.n_pos
                 rows = n if axis is None else self.cuts.count(hook, n)
                 yield Piece(("mask",), lengths["batch"] * rows * n)
+
+    @cached_property
+    def _has_mask(self) -> bool:
+        """Whether the decoder's attention holds a tensor that says what each place sees."""
+        inputs = self.inputs
+        return self.model.mask(inputs.attention_mask, 0, inputs.tokens[..., None], inputs).allowed is not None
 
     def _stream(self, hook: Hook, name: str, cut: int | None) -> Piece:
         """What a norm reads."""
@@ -108,6 +114,8 @@ class Footprint:
                 return self._piece(self.model.hook(name[: name.index(norm)] + source), cut, None)
         if name.startswith("ln_final."):
             return self._piece(self.model.hook(_before(self.model, "", self.model.cfg.n_layers)), cut, None)
+        if name.startswith(f"{TOWER}ln_post."):
+            return self._piece(self.model.hook(_before(self.model, TOWER, self.model.cfg.vision.n_layers)), cut, None)
         stream = self.model.hook(name.replace("hook_scale", "hook_normalized"))
         return self._piece(stream, cut, None)._replace(key=(name.rpartition(".")[0], cut))
 
@@ -139,7 +147,8 @@ def memory_of(model: Any, name: str, inputs: Inputs) -> str:
         return "hook_text_embed"
     if name == "projector.hook_in":
         return memory_of(model, "vision.hook_features", inputs)
-    if name == "vision.hook_features" and not model.cfg.vision.feature_layers_listed:
+    own = f"{TOWER}ln_post.hook_scale" in model.hook_dict or (model.cfg.vision and model.cfg.vision.feature_layers_listed)
+    if name == "vision.hook_features" and not own:
         return _before(model, TOWER, range(model.cfg.vision.n_layers + 1)[model.cfg.vision.feature_layers[0]])
     return name
 
