@@ -138,7 +138,7 @@ def test_the_norm_is_hugging_faces_shows_what_it_does_and_fuses(dtype):
     ours.hook_scale.add_hook(lambda act, hook: shown.update(scale=act.clone()))
     ours.hook_normalized.add_hook(lambda act, hook: shown.update(normalized=act.clone()))
     assert torch.equal(ours(x), true)
-    assert torch.equal((x.float() / shown["scale"]).to(dtype), shown["normalized"])
+    torch.testing.assert_close((x.float() / shown["scale"]).to(dtype), shown["normalized"])
     ours.hook_normalized.remove_hooks()
     ours.hook_normalized.add_hook(lambda act, hook: act.index_fill(1, torch.tensor([2]), 1.0))
     edited = ours(x)
@@ -208,13 +208,11 @@ def test_patching_with_an_answer_of_several_tokens():
         ("z", ("layer", "head"), [(0, 1), (2, 3)]),
         ("mlp_out", ("layer", "position"), [(1, n - 2)]),
     ):
-        scores = patch(model, clean, corrupt, hook, sweep, metric=log_prob(answer), progress=False)
+        scores = patch(model, clean, corrupt, hook, sweep, metric=log_prob([answer]), progress=False)
         for layer, which in places:
 
-            def put(act: Tensor, hook: Any, which: int = which) -> None:
-                act[:, :, which] = source[hook.name][:, :, which] if hook.name.endswith("z") else act[:, :, which]
-                if not hook.name.endswith("z"):
-                    act[:, which] = source[hook.name][:, which]
+            def put(act: Tensor, hook: Any, at: Any = (slice(None),) * (1 + (hook == "z")) + (which,)) -> None:
+                act[at] = source[hook.name][at]
 
             name = f"blocks.{layer}.{'attn.hook_z' if hook == 'z' else f'hook_{hook}'}"
             logits = model.run_with_hooks(longer[1], fwd_hooks=[(name, put)])[0].log_softmax(-1)
@@ -324,6 +322,7 @@ def test_direct_attribution_closes_on_the_scaled_gain():
 # ---- the processor
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of transformers' own processor
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_prompts_are_those_of_hugging_faces_processor(side):
     theirs = processor()
@@ -407,7 +406,7 @@ def test_weights_load_from_the_hubs_spelling(tmp_path):
     hf.config.save_pretrained(tmp_path)
     processor().tokenizer.save_pretrained(tmp_path)
     save_file(spelt, tmp_path / "model.safetensors")
-    model = HookedMLLM.from_pretrained(tmp_path, progress=False) if False else HookedMLLM.from_pretrained(tmp_path)
+    model = HookedMLLM.from_pretrained(tmp_path)
     assert type(model) is HookedPaliGemma and type(model.processor).__name__ == "PaliGemmaProcessor"
     given = example(hf)
     with torch.no_grad():
