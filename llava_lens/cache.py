@@ -221,11 +221,14 @@ class LlavaCache(StackCache):
             return pick(held) if isinstance(held, Tensor) else held.map(pick, batched=by_image or not single)
 
         kept = Entries({name: chosen(name, held) for name, held in self.cache_dict.held().items()})
-        inputs = None if self.inputs is None else rows_of(self.inputs, rows, images, self.model.cfg)
-        cache = LlavaCache(kept, self.model, not single, inputs, True, self.asked, self.kept)
+        inputs = None if self.inputs is None else self._inputs_of(self.inputs, rows, images)
+        cache = type(self)(kept, self.model, not single, inputs, True, self.asked, self.kept)
         if single and len(images) == 1:
             cache._drop_image_dim()
         return cache
+
+    def _inputs_of(self, inputs: Inputs, rows: list[int], images: list[int]) -> Inputs:
+        return rows_of(inputs, rows, images, self.model.cfg)
 
     def _images_of(self, rows: list[int], n: int) -> list[int]:
         """The images of some rows, in the rows' order."""

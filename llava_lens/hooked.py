@@ -29,6 +29,7 @@ NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 class HookedModel(HookedRootModule):
     """A `HookedRootModule` whose hooks are all `Hook`s and whose `run_with_cache` returns a `LlavaCache`."""
 
+    Cache: type[LlavaCache] = LlavaCache
     cfg: Any
     processor: Any = None
     n_runs: int = 0
@@ -137,7 +138,7 @@ class HookedModel(HookedRootModule):
         kept = record.cuts.positions(inputs.n_pos) if inputs is not None else None
         if inputs is not None:
             inputs = inputs.with_roles(self.cfg, None if self.processor is None else self.processor.tokenizer)
-        cache = LlavaCache(record.stored, self, inputs=inputs, asked=frozenset(asked), kept=kept)
+        cache = self.Cache(record.stored, self, inputs=inputs, asked=frozenset(asked), kept=kept)
         if remove_batch_dim:
             cache.remove_batch_dim()
         return out, cache if return_cache_object else cache.cache_dict

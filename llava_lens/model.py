@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llava_lens.config import LlavaConfig, ending_tokens
 from llava_lens.errors import LensError
-from llava_lens.facts import WHOLE, is_whole, tell
+from llava_lens.facts import WHOLE, is_whole, tell, token_facts
 from llava_lens.generate import generate as continue_prompt
 from llava_lens.graphs import GraphRunner
 from llava_lens.hooked import HookedModel
@@ -220,11 +220,29 @@ class HookedLlava(InputReader, Planned, HookedModel):
         """Tokens embedded, with the picture's features in the places of its tokens; raises where they do not match."""
         tokens, slots = inputs.check(self.cfg).tokens, inputs.slots(self.cfg)
         tokens = tokens.masked_fill(slots, 0) if self.image_token_is_outside else tokens
-        x = self.hook_text_embed(self.embed_tokens(tokens))
+        x = self.embed_tokens(tokens)
+        self.expect("embed_tokens", x, (*tokens.shape, self.cfg.d_model))
+        x = self.hook_text_embed(x)
         if inputs.pixels is not None:
             image = self.graphs(self, "image", self.encode_image, inputs.pixels)
-            x = self.splice(x, slots, self.arrange(image, inputs))
+            x = self.splice(x, slots, self.in_slots(image, inputs))
         return self.hook_embed(x)
+
+    def in_slots(self, image: Float[Tensor, "image feature d_model"], inputs: Inputs) -> Tensor:
+        """The features as `arrange` puts them, as many as there are image tokens."""
+        found, wide = self.arrange(image, inputs), self.cfg.d_model
+        n = sum(token_facts(inputs.tokens, self.cfg.image_token_id).slots)
+        if found.shape[-1] != wide or found.numel() != n * wide:
+            raise LensError(
+                f"{type(self).__name__}: {n} image tokens, but encode_image gave {tuple(image.shape)} and arrange made "
+                f"{tuple(found.shape)} of it; expected {n} vectors of {wide}"
+            )
+        return found
+
+    def expect(self, step: str, got: Tensor, shape: tuple[int, ...]) -> None:
+        """Raise `LensError` where a step of a subclass gave a tensor of another shape."""
+        if tuple(got.shape) != shape:
+            raise LensError(f"{type(self).__name__}.{step} gave {tuple(got.shape)}; expected {shape}")
 
     @property
     def image_token_is_outside(self) -> bool:
@@ -304,6 +322,8 @@ class HookedLlava(InputReader, Planned, HookedModel):
             found = self.positions(inputs)
         if found is None:
             found = torch.arange(x.shape[1], device=x.device)[None]
+        if found.shape[-1] != x.shape[1]:
+            self.expect("positions", found, (*found.shape[:-1], x.shape[1]))
         if past is not None:
             top = found.amax(-1, keepdim=True) + 1
             past.following = top if top.ndim == 2 else top.amax(0, keepdim=True).expand_as(top)

@@ -156,7 +156,7 @@ class Recorder:
         """What was cut or moved in this block, and the last thing before it; masks are the whole run's."""
         if act.dtype == torch.bool:
             return self._masks
-        match = re.match(r"(vision\.)?blocks\.\d+", hook.name or "")
+        match = re.match(r"(\w+\.)?blocks\.\d+", hook.name or "")
         block = match[0] if match else ""
         if block != self._block:
             self._block, self._recent = block, dict(list(self._recent.items())[-1:])

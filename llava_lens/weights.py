@@ -156,20 +156,25 @@ def _never_runs(model: nn.Module, name: str) -> bool:
     return bool(vision and block and vision.n_layers <= int(block[1]) < vision.n_layers_total)
 
 
-def _tied_to(model: nn.Module, name: str) -> str | None:
-    """The weight that `name` shares its tensor with: the embedding, for the unembedding of a tied model."""
+def _ties(model: nn.Module) -> tuple[tuple[str, str], ...]:
+    """Pairs of weights that are one tensor: those that the model names, or both ends of a tied decoder."""
     tied = getattr(getattr(model, "cfg", None), "tie_word_embeddings", False)
-    return {"unembed.weight": "embed.weight", "embed.weight": "unembed.weight"}.get(name) if tied else None
+    return getattr(model, "tied_weights", (("embed.weight", "unembed.weight"),) if tied else ())
+
+
+def _tied_to(model: nn.Module, name: str) -> str | None:
+    """The weight that `name` shares its tensor with."""
+    return {a: b for pair in _ties(model) for a, b in (pair, pair[::-1])}.get(name)
 
 
 def _untie(model: nn.Module, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One tensor for both ends of a tied model, whichever of them the checkpoint holds; both must be equal."""
-    ends = [name for name in ("embed.weight", "unembed.weight") if name in loaded]
-    if not ends or _tied_to(model, ends[0]) is None:
-        return loaded
-    if len(ends) == 2 and not torch.equal(loaded[ends[0]], loaded[ends[1]]):
-        raise WrongWeights("embed.weight and unembed.weight differ; expected equals, as tie_word_embeddings says")
-    return {**loaded, "embed.weight": loaded[ends[0]], "unembed.weight": loaded[ends[0]]}
+    """One tensor for both ends of a tie, whichever of them the checkpoint holds; both must be equal."""
+    for pair in _ties(model):
+        ends = [name for name in pair if name in loaded]
+        if len(ends) == 2 and not torch.equal(loaded[ends[0]], loaded[ends[1]]):
+            raise WrongWeights(f"{ends[0]} and {ends[1]} differ; expected equals, as tie_word_embeddings says")
+        loaded = loaded | ({name: loaded[ends[0]] for name in pair} if ends else {})
+    return loaded
 
 
 def _assign(model: nn.Module, loaded: Mapping[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ MODELS: dict[str, str] = {
     "paligemma": "llava_lens.models.paligemma:HookedPaliGemma",
     "mistral": "llava_lens.model:HookedLlava",
     "qwen2": "llava_lens.model:HookedLlava",
+    "blip": "llava_lens.models.blip:HookedBlip",
 }
 """`model_type` of a checkpoint → where its class is. `register` adds one."""
 

@@ -134,7 +134,7 @@ class Base:
         slots = inputs.slots(model.cfg)
         tokens = inputs.tokens.masked_fill(slots, 0) if model.image_token_is_outside else inputs.tokens
         text = model.hook_text_embed(model.embed_tokens(tokens))
-        return model.hook_embed(model.splice(text, slots, model.arrange(like.acts["projector.hook_out"], inputs)))
+        return model.hook_embed(model.splice(text, slots, model.in_slots(like.acts["projector.hook_out"], inputs)))
 
     def _joined(self, name: str, before: Tensor, own: Tensor, shared: int) -> Tensor:
         axes = self.model.hook(name).axes.split() if name != END else ["batch", "pos", "d_model"]
