@@ -147,8 +147,8 @@ def memory_of(model: Any, name: str, inputs: Inputs) -> str:
         return "hook_text_embed"
     if name == "projector.hook_in":
         return memory_of(model, "vision.hook_features", inputs)
-    own = f"{TOWER}ln_post.hook_scale" in model.hook_dict or (model.cfg.vision and model.cfg.vision.feature_layers_listed)
-    if name == "vision.hook_features" and not own:
+    normed = f"{TOWER}ln_post.hook_scale" in model.hook_dict
+    if name == "vision.hook_features" and not (normed or model.cfg.vision.feature_layers_listed):
         return _before(model, TOWER, range(model.cfg.vision.n_layers + 1)[model.cfg.vision.feature_layers[0]])
     return name
 

@@ -14,15 +14,21 @@ from brute_force import brute_force
 from cases_paligemma import config, example, hf_paligemma
 from model_battery import seen
 from PIL import Image
-from random_models import IMAGE
 from safetensors.torch import save_file
 from test_sweep import random_cells
 from torch import Tensor
-from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor, SiglipImageProcessorPil
+from transformers import PaliGemmaProcessor, SiglipImageProcessorPil
 from word_tokenizer import word_tokenizer
 
 from llava_lens import HookedMLLM, Inputs
-from llava_lens.analysis import attribution_patch, direct_logit_attribution, knock_out, patch, path_patch
+from llava_lens.analysis import (
+    attribution_patch,
+    direct_logit_attribution,
+    knock_out,
+    patch,
+    path_patch,
+    tower_attribution,
+)
 from llava_lens.errors import LensError
 from llava_lens.models.paligemma import HookedPaliGemma
 from llava_lens.shards import CheckpointError
@@ -38,7 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @cache
 def precise() -> HookedPaliGemma:
-    return HookedMLLM.from_hf(copy.deepcopy(hf_paligemma()).to(torch.float64))
+    return HookedMLLM.from_hf(copy.deepcopy(hf_paligemma()).to(torch.float64), processor())
 
 
 def double(given: dict[str, Tensor]) -> Inputs:
@@ -48,8 +54,8 @@ def double(given: dict[str, Tensor]) -> Inputs:
     )
 
 
-def processor() -> PaliGemmaProcessor:
-    images = SiglipImageProcessorPil(size={"height": 24, "width": 24})
+def processor() -> Any:
+    images: Any = SiglipImageProcessorPil(size={"height": 24, "width": 24})
     images.image_seq_length = 9
     return PaliGemmaProcessor(images, word_tokenizer())
 
@@ -130,7 +136,8 @@ def test_types_of_another_length_are_refused():
 def test_the_norm_is_hugging_faces_shows_what_it_does_and_fuses(dtype):
     hf = hf_paligemma(dtype=dtype)
     model = HookedPaliGemma.from_hf(hf)
-    theirs, ours = hf.model.language_model.layers[1].input_layernorm, model.blocks[1].ln1
+    blocks: Any = model.blocks
+    theirs, ours = hf.model.language_model.layers[1].input_layernorm, blocks[1].ln1
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     true, shown = theirs(x), {}
     assert torch.equal(ours(x), true)
@@ -208,7 +215,7 @@ def test_patching_with_an_answer_of_several_tokens():
         ("z", ("layer", "head"), [(0, 1), (2, 3)]),
         ("mlp_out", ("layer", "position"), [(1, n - 2)]),
     ):
-        scores = patch(model, clean, corrupt, hook, sweep, metric=log_prob([answer]), progress=False)
+        scores = patch(model, clean, corrupt, hook, sweep, metric=log_prob("w9 w11 w13"), progress=False)
         for layer, which in places:
 
             def put(act: Tensor, hook: Any, at: Any = (slice(None),) * (1 + (hook == "z")) + (which,)) -> None:
@@ -291,11 +298,12 @@ def test_a_path_reaches_earlier_places_too():
     heads = ["L1H2 q", "L2 mlp"]
     scores = path_patch(model, clean, corrupt, heads, senders=["L0H1"], sweep=("sender", "position"),
                         metric=logit(7), progress=False)  # fmt: skip
-    W_O = model.blocks[0].attn.W_O[1]
+    blocks: Any = model.blocks
+    W_O = blocks[0].attn.W_O[1]
     for at in (3, clean.n_pos - 2):
         delta = torch.zeros_like(base["resid_pre", 1])
         delta[0, at] = (source["z", 0][0, at, 1] - base["z", 0][0, at, 1]) @ W_O
-        block = model.blocks[1]
+        block = blocks[1]
         q = block.ln1(base["resid_pre", 1] + delta) @ block.attn.W_Q[2] + block.attn.b_Q[2]
 
         def queries(act: Tensor, hook: Any, q: Tensor = q) -> None:
@@ -311,12 +319,12 @@ def test_a_path_reaches_earlier_places_too():
 
 @torch.no_grad()
 def test_direct_attribution_closes_on_the_scaled_gain():
-    model, inputs = HookedPaliGemma.from_hf(hf_paligemma()), None
+    model = HookedPaliGemma.from_hf(hf_paligemma())
     inputs = model.read_inputs(**example(hf_paligemma(), (1,), (2,))).with_roles(model.cfg)
     logits, cache = model.run_with_cache(inputs)
     for by in ("component", "head", "source"):
         found = direct_logit_attribution(cache, 5, by=by)
-        assert abs(found.closure) <= 1e-3 * float(logits.abs().max())
+        assert found.closure is not None and abs(found.closure) <= 1e-3 * float(logits.abs().max())
 
 
 # ---- the processor
@@ -354,6 +362,20 @@ def test_prompts_are_those_of_hugging_faces_processor(side):
                 assert torch.equal(seen(model(ours), mask), seen(model(**true), mask))
 
 
+def test_a_question_is_explained_and_its_map_is_drawn():
+    import llava_lens
+    from llava_lens.plots import explanation_png
+
+    model = HookedPaliGemma.from_hf(hf_paligemma(), processor())
+    image = picture(size=(60, 40))
+    inputs = model.prepare("w5 w6", image, "w20")
+    found = llava_lens.explain(model, inputs, "w9", versus="w11", method="flow", progress=False)
+    assert "w9" in str(found)
+    assert explanation_png(found, image)[:4] == b"\x89PNG"
+    with pytest.raises(LensError, match="LinearProjector"):
+        tower_attribution(model.run_with_cache(inputs)[1], 5)
+
+
 def without_end(given: dict[str, Tensor], row: int, side: str, eos: int) -> dict[str, Tensor]:
     keep = given["attention_mask"][row].bool()
     whole = {n: v[row][keep] for n, v in given.items()}
@@ -380,7 +402,8 @@ def test_a_painted_patch_changes_its_own_token_alone():
     plain = inputs.pixels
     assert plain is not None
     for r, c in ((0, 0), (1, 2), (2, 1)):
-        x0, y0, x1, y1 = (int(side) for side in roles.picture(0).map.box_of_patch(r, c))
+        found: Any = roles.picture(0).map
+        x0, y0, x1, y1 = (int(side) for side in found.box_of_patch(r, c))
         painted = np.asarray(image).copy()
         painted[y0 + 4 : y1 - 4, x0 + 4 : x1 - 4] = 255 - painted[y0 + 4 : y1 - 4, x0 + 4 : x1 - 4]
         pixels = model.prepare("w5", Image.fromarray(painted)).pixels

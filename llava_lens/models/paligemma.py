@@ -7,7 +7,7 @@ Hugging Face computes the same, except for sdpa without padding, where it drops 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -40,12 +40,16 @@ PALIGEMMA_TABLE = (
 )
 
 
+def _of_gemma(hf: Any) -> dict[str, Any]:
+    return {"attn_bias": hf.attention_bias}
+
+
 class PaliGemmaConfig(LlavaConfig):
     """Sizes of a PaliGemma; PaliGemma 2, whose decoder is Gemma 2, is refused."""
 
     families: ClassVar[tuple[str, ...]] = ("paligemma",)
     architecture: ClassVar[str] = "PaliGemmaForConditionalGeneration"
-    decoders = {"gemma": lambda hf: {"attn_bias": hf.attention_bias}}
+    decoders: ClassVar[Mapping[str, Callable[[Any], dict[str, Any]]]] = {"gemma": _of_gemma}
 
     @classmethod
     def facts_of(cls, hf: Any) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from llava_lens import kernels
 from llava_lens.kv_cache import KVCache
 from llava_lens.layers import Attention, Mask
 
+CAUSAL = Mask(causal=True)
+
 
 class SharedPrefix(KVCache):
     """One layer's keys and values `[kv_head, prefix, d_head]` of the clean run, which every run of a batch looks at.
@@ -23,7 +25,7 @@ class SharedPrefix(KVCache):
         v: Tensor,
         visible: Bool[Tensor, "query own"],
         own: tuple[Tensor, Tensor] | None = None,
-        whole: Mask = Mask(causal=True),
+        whole: Mask = CAUSAL,
     ):
         super().__init__(0)
         self.k, self.v, self.visible, self.own, self.whole = k, v, visible, own, whole

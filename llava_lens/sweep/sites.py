@@ -29,7 +29,7 @@ DERIVED = ("attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_result")
 SEAMS = ("forward", "embed_inputs", "run_blocks", "read_out")
 FRONT_SEAMS = ("splice", "encode_image")
 TOWER_STEPS = ("forward", "start", "embed", "patches", "add_positions")
-"""Steps that a tower of its own must have left as they are; what it makes of its layers (`select`) is its own matter."""
+"""Steps that a class of towers must have left as they are; what it makes of its layers (`select`) is its own."""
 FOLLOWED = ("mask", "positions", "arrange", "embed_tokens")
 """Steps that a class may have of its own: the shortened runs take them as they are."""
 
