@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from llava_lens.errors import LensError
-from llava_lens.inputs import Inputs, shown
+from llava_lens.inputs import PER_TOKEN, Inputs, shown
 from llava_lens.roles import Roles
 from llava_lens.sweep.edits import Rows
 
@@ -137,6 +137,11 @@ def shared_length(one: Row, other: Row, model: Any) -> int:
     a, b = one.compact.tokens[0, :n], other.compact.tokens[0, :n]
     differ = (a != b).nonzero()[:, 0]
     shared = int(differ[0]) if len(differ) else n
+    types, others = ({name: v for name, v in row.compact.extras.items() if name in PER_TOKEN} for row in (one, other))
+    if types.keys() != others.keys() or not all(
+        torch.equal(v[:, :n], others[name][:, :n]) for name, v in types.items()
+    ):
+        return 0
     for image, slots in enumerate(one.slots(model)):
         if slots and (image >= other.n_images or not same_picture(one, other, image)):
             shared = min(shared, one.rows.place[slots[0]])
