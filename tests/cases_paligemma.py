@@ -15,13 +15,15 @@ NO_TYPES = "without token_type_ids Hugging Face's sdpa drops the mask, its eager
 GEMMA: dict[str, Any] = {name: value for name, value in TEXT.items() if name != "rms_norm_eps"}
 GEMMA |= {"head_dim": 24, "num_key_value_heads": 1, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 SIGLIP: dict[str, Any] = {name: value for name, value in VISION.items() if name != "projection_dim"}
+LINEAR = {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}
 ODD: dict[str, dict[str, Any]] = {
     "paligemma": {},
     "paligemma_grouped": {"text": {"num_key_value_heads": 2, "head_dim": 16}, "vision": {"vision_use_head": False}},
     "paligemma_wide_heads": {"text": {"head_dim": 256, "num_attention_heads": 2, "rms_norm_eps": 1e-5}},
-    "paligemma_biased": {"text": {"attention_bias": True, "num_key_value_heads": 4}},
-    "paligemma_rope": {"text": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}}},
-    "paligemma_untied": {"tie_word_embeddings": False},
+    "paligemma_untied_biased_linear_rope": {
+        "text": {"attention_bias": True, "num_key_value_heads": 4, "rope_parameters": LINEAR},
+        "tie_word_embeddings": False,
+    },
 }
 """Name → what differs from `GEMMA`, `SIGLIP` and PaliGemma's defaults."""
 

@@ -58,7 +58,7 @@ class PaliGemmaConfig(LlavaConfig):
             raise ValueError(f"a tower of {tower!r}; expected 'siglip_vision_model'")
         if hf.projection_dim != width:
             raise ValueError(f"projection_dim {hf.projection_dim}; expected {width}, the decoder's hidden_size")
-        return super().facts_of(hf)
+        return super().facts_of(hf) | {"tie_word_embeddings": hf.tie_word_embeddings}  # the decoder's own counts not
 
 
 class GemmaNorm(RMSNorm):
