@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -96,11 +97,16 @@ class Footprint:
             rot = "rot_" if f"{prefix}hook_rot_q" in self.model.hook_dict else ""
             yield self._piece(self.model.hook(f"{prefix}hook_{rot}q"), cut, None)
             yield self._piece(self.model.hook(f"{prefix}hook_{rot}k"), None, None)
-            mask = self.inputs.attention_mask
-            if not name.startswith(TOWER) and mask is not None and not bool(mask.all()):
+            if not name.startswith(TOWER) and self._has_mask:
                 lengths, n = self.sizes[""], self.inputs.n_pos
                 rows = n if axis is None else self.cuts.count(hook, n)
                 yield Piece(("mask",), lengths["batch"] * rows * n)
+
+    @cached_property
+    def _has_mask(self) -> bool:
+        """Whether the decoder's attention holds a tensor that says what each place sees."""
+        inputs = self.inputs
+        return self.model.mask(inputs.attention_mask, 0, inputs.tokens[..., None], inputs).allowed is not None
 
     def _stream(self, hook: Hook, name: str, cut: int | None) -> Piece:
         """What a norm reads."""
