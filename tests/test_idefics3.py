@@ -119,7 +119,8 @@ def test_smolvlms_marks_are_its_own_processors(size):
     ours = model("smolvlm").processor
     settings = SmolVLMImageProcessorPil(size={"longest_edge": 3 * SIDE}, max_image_size={"longest_edge": SIDE})
     layout = images_of(settings).layout(size, model("smolvlm").cfg)
-    true = get_image_prompt_string(*layout.tiles, 4, "<fake_token_around_image>", "<image>", "<global-img>")
+    rows, cols = layout.tiles
+    true = get_image_prompt_string(rows, cols, 4, "<fake_token_around_image>", "<image>", "<global-img>")
     assert ours.expansion(layout) == true
 
 
