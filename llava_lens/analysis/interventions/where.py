@@ -90,13 +90,13 @@ class Ground:
         """All positions, padding left out."""
         if not self.front:
             return self.row.columns
-        vision = self.model.cfg.vision
-        return tuple(range(vision.n_patches + self.class_token))
+        rows, cols = self.grid()
+        return tuple(range(rows * cols + self.class_token))
 
     def patches(self, image: int | None = None) -> list[int]:
         """The position of every patch of a picture, in reading order."""
         if self.front:
-            return [self.class_token + i for i in range(self.model.cfg.vision.n_patches)]
+            return list(self.every()[self.class_token :])
         return self.roles.patch_positions(self.image if image is None else image).flatten().tolist()
 
     def select(self, given: Any) -> Places:
@@ -106,8 +106,10 @@ class Ground:
         if isinstance(given, Patches):
             if self.front and given.image != self.image:
                 raise LensError(f"patches of image {given.image} at {self.hook!r}, swept in image {self.image}")
-            patches = self.patches(given.image)
-            return tuple(patches[i] for i in given.numbers(self.roles))
+            patches, numbers = self.patches(given.image), given.numbers(self.roles)
+            if self.prefix == "vision.":
+                numbers = sorted(patch for number in numbers for patch in self.model.cfg.vision.patches_of(number))
+            return tuple(patches[i] for i in numbers)
         if isinstance(given, str):
             return self._named(given)
         if isinstance(given, Tensor | np.ndarray) and str(given.dtype) in ("bool", "torch.bool"):
@@ -172,18 +174,25 @@ class Ground:
     def names(self) -> tuple[int | str, ...]:
         """What each position is called."""
         if self.front:
-            cols = self.model.cfg.vision.grid[1]
+            rows, cols = self.grid()
             class_token = ("class token",) * self.class_token
-            return (*class_token, *(f"patch {divmod(i, cols)}" for i in range(self.model.cfg.vision.n_patches)))
+            return (*class_token, *(f"patch {divmod(i, cols)}" for i in range(rows * cols)))
         from llava_lens.analysis.attribution.query import names_of
 
         return names_of(self.row.roles) if self.row.roles is not None else tuple(range(self.row.n_columns))
 
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the picture's patches."""
+        """Rows and columns of the picture's patches; in decoder and projector of what each token shows."""
         if self.model.cfg.vision is None or not self.row.n_images:
             raise LensError("a sweep over patches needs a picture; the prompt has none")
-        return self.model.cfg.vision.grid
+        vision = self.model.cfg.vision
+        return (
+            vision.grid
+            if self.prefix == "vision."
+            else vision.token_grid
+            if self.front
+            else self.roles.grid(self.image)
+        )
 
 
 def layers_of(given: Any, n: int) -> list[int]:
