@@ -175,7 +175,7 @@ def axis_sizes(cfg: Any, inputs: Inputs) -> dict[str, dict[str, int]]:
     tokens = inputs.n_pos
     sizes = {"": _stack_sizes(cfg, inputs.batch_size, tokens) | {"d_vocab": cfg.d_vocab}}
     if cfg.vision is not None and inputs.pixels is not None:
-        images, channel, height, width = inputs.pixels.shape
+        cfg, (images, channel, height, width) = cfg.seeing(inputs.pixels), inputs.pixels.shape
         features = {"feature": cfg.vision.n_features, "d_features": cfg.vision.d_model * len(cfg.vision.feature_layers)}
         picture = {"patch": cfg.vision.n_patches, "channel": channel, "height": height, "width": width}
         sizes[TOWER] = _stack_sizes(cfg.vision, images, cfg.vision.n_ctx) | features | picture
