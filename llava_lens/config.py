@@ -278,7 +278,7 @@ class DecoderConfig(TowerConfig):
             gated_mlp=True,
             d_vocab=hf.vocab_size,
             rope=dict(hf.rope_parameters or {}),
-            tie_word_embeddings=hf.tie_word_embeddings,
+            tie_word_embeddings=getattr(hf, "tie_word_embeddings", False),
             model_name=getattr(hf, "_name_or_path", "") or "",
             **ending_tokens(hf.to_dict()),
         )
