@@ -95,10 +95,23 @@ class Footprint:
             yield self._piece(self.model.hook(f"{prefix}hook_{rot}q"), cut, None)
             yield self._piece(self.model.hook(f"{prefix}hook_{rot}k"), None, None)
             mask = self.inputs.attention_mask
-            if not name.startswith(TOWER) and mask is not None and not bool(mask.all()):
+            if name.startswith(TOWER):
+                yield from self._tower_mask(hook, axis)
+            elif mask is not None and not bool(mask.all()):
                 lengths, n = self.sizes[""], self.inputs.n_pos
                 rows = n if axis is None else self.cuts.count(hook, n)
                 yield Piece(("mask",), lengths["batch"] * rows * n)
+
+    def _tower_mask(self, hook: Hook, axis: int | None) -> Iterator[Piece]:
+        """What a tower's positions see of one another, for all pictures alike where nothing is cut."""
+        layer, pixels = re.search(r"\d+", hook.name or ""), self.inputs.pixels
+        if layer is None or pixels is None:
+            return
+        allowed = self.model.vision.mask(int(layer[0]), pixels).allowed
+        if allowed is not None:
+            images, n = len(pixels), allowed.shape[-1]
+            cut = None if axis is None else self.cuts.of(hook)[0]
+            yield Piece(("mask", TOWER, cut), n * n if cut is None else images * self.cuts.count(hook, n) * n)
 
     def _stream(self, hook: Hook, name: str, cut: int | None) -> Piece:
         """What a norm reads."""
