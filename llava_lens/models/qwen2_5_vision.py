@@ -182,23 +182,20 @@ class QwenVision(Vision):
         side = (cfg.frames, cfg.patch_size, cfg.patch_size)
         self.hook_pixels = Hook("batch channel height width")
         self.patch_embed = nn.Conv3d(cfg.n_channels, cfg.d_model, side, stride=side, bias=False)
-        self.hook_patch_embed = Hook("batch patch d_model")
         self.hook_embed = Hook("batch pos d_model")
         self.blocks = nn.ModuleList(Block(cfg, i, self.Norm, self.Mlp, self.Attention) for i in range(cfg.n_layers))
         self.ln_post = RMSNorm(cfg)
         self.hook_features = Hook("batch feature d_features")
 
-    def forward(self, pixels: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image feature d_features"]:
-        """The stream behind the last block, normed."""
+    def mask(self, layer: int, pixels: Float[Tensor, "image channel height width"]) -> Mask:
+        """The window of each patch, or the whole picture."""
         cfg = self.cfg.at(*pixels.shape[-2:])
-        x = self.start(pixels)
-        angles = self.angles(cfg.grid, x)
-        some, whole = windows(cfg.grid, cfg.merge, cfg.window // cfg.merge // cfg.patch_size, x.device)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, whole if layer in cfg.whole_layers else some, angles)
-        return self.hook_features(self.select([x]))
+        side = cfg.window // cfg.merge // cfg.patch_size
+        some, whole = windows(cfg.grid, cfg.merge, side, pixels.device)
+        return whole if layer in cfg.whole_layers else some
 
     def start(self, pixels: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image patch d_model"]:
+        """The patches, to which nothing is added."""
         return self.hook_embed(self.patches(self.hook_pixels(pixels)))
 
     def patches(self, pixels: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image patch d_model"]:
@@ -209,19 +206,20 @@ class QwenVision(Vision):
             "image channel (row down) (col across) -> (image row col) channel frame down across",
             down=down, across=across, frame=self.cfg.frames,
         )  # fmt: skip
-        found = self.patch_embed(cut).view(len(pixels), -1, self.cfg.d_model)
-        return self.hook_patch_embed(found)
+        return self.patch_embed(cut).view(len(pixels), -1, self.cfg.d_model)
 
-    def angles(self, grid: tuple[int, int], like: Tensor) -> Angles:
+    def angles(self, pixels: Float[Tensor, "image channel height width"]) -> Angles:
         """Half of each head is turned by a patch's row, half by its column; float32 in any narrower model."""
-        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-        half = self.cfg.d_head // 2
+        weight, half = self.patch_embed.weight, self.cfg.d_head // 2
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         frequencies = 1.0 / (self.cfg.theta ** (torch.arange(0, half, 2, dtype=torch.float) / half))
-        places = torch.cartesian_prod(*(torch.arange(n) for n in grid)).to(wide)
-        turned = (places[..., None] * frequencies.to(wide)).flatten(1).repeat(1, 2)[None, None].to(like.device)
+        rows, cols = self.cfg.at(*pixels.shape[-2:]).grid
+        places = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).to(wide)
+        turned = (places[..., None] * frequencies.to(wide)).flatten(1).repeat(1, 2)[None, None].to(weight.device)
         return Angles(turned.cos(), turned.sin())
 
     def select(self, streams: list[Tensor]) -> Float[Tensor, "image feature d_features"]:
+        """The stream behind the last block, normed."""
         return self.ln_post(streams[-1])
 
 
