@@ -147,22 +147,20 @@ class VisionConfig(TowerConfig):
         return [r * columns + c for r in rows for c in cols]
 
     @classmethod
-    def towers(cls) -> Mapping[str, Mapping[str, Any]]:
-        """The towers that a config of this class describes, by `model_type`: where each differs from CLIP's."""
-        return TOWERS
-
-    @classmethod
     def from_hf(
         cls: type[V], hf: Any, feature_layer: int | Sequence[int] = -1, select: str = "default", **changes: Any
     ) -> V:
-        """Read a tower's config (`towers`); `feature_layer` counts as Hugging Face does (0 = before the first block).
+        """Read a tower's config (`TOWERS`); `feature_layer` counts as Hugging Face does (0 = before the first block).
+
+        `family` stands in for the config's `model_type`, where that says nothing.
 
         Raises `ValueError` for another tower, sides that are not whole numbers, layers that are not there, and a
         class token that is to be cut off where there is none.
         """
-        if hf.model_type not in (towers := cls.towers()):
-            raise ValueError(f"a tower of {hf.model_type!r}; expected {' or '.join(map(repr, towers))}")
-        facts = dict(towers[hf.model_type]) | changes
+        family = changes.get("family", hf.model_type)
+        if family not in TOWERS:
+            raise ValueError(f"a tower of {family!r}; expected {' or '.join(map(repr, TOWERS))}")
+        facts = dict(TOWERS[family]) | changes
         if not isinstance(hf.image_size, int) or not isinstance(hf.patch_size, int):
             raise ValueError(
                 f"image_size {hf.image_size!r} and patch_size {hf.patch_size!r}: expected one integer each"
@@ -178,7 +176,7 @@ class VisionConfig(TowerConfig):
             raise ValueError(f"vision_feature_layer {feature_layer!r}: expected {-total - 1} … {total}")
         layers = tuple(layer if layer >= 0 else total + 1 + layer for layer in asked)
         fields = dict(
-            family=hf.model_type,
+            family=family,
             n_layers=max(layers),
             n_layers_total=total,
             feature_layers=layers,

@@ -7,10 +7,9 @@ bit; scores and patterns are shown over the whole picture, closed outside the wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -18,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llava_lens import kernels
-from llava_lens.config import TowerConfig, VisionConfig
+from llava_lens.config import TowerConfig, VisionConfig, activation
 from llava_lens.errors import LensError
 from llava_lens.hooks import Hook
 from llava_lens.layers import Block, GatedMLP, Mask
@@ -35,15 +34,18 @@ EPS = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class QwenVisionConfig(VisionConfig):
-    """`window` is the side of a window in pixels, `whole_layers` see the whole picture, `frames` is how often one is
-    shown to the patch embedding. `size` is the pixels' height and width, None until they are known (`at`)."""
+    """`window` is the side of a window in pixels; `whole_layers` see the whole picture.
+
+    `frames` is how often a picture is shown to the patch embedding, `size` its pixels' height and width, None until
+    they are known (`at`).
+    """
 
     window: int
     whole_layers: tuple[int, ...]
     frames: int
     theta: float
     size: tuple[int, int] | None = None
-    positional_embedding_type: str = field(default="rotary")  # type: ignore[misc]
+    positional_embedding_type: str = "rotary"  # type: ignore[misc]
 
     @classmethod
     def from_hf(cls, hf: Any, feature_layer: Any = -1, select: str = "full", **changes: Any) -> QwenVisionConfig:
@@ -146,7 +148,7 @@ class WindowAttention(JointAttention):
         self.packed = Packed(self, "qkv_proj")
         self.qkv = Region(*self.qkv.hooks, usual=False, packed=self.packed)
 
-    def project(self, x: Stream, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Stream, angles: Angles | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Turned queries and keys, and values, `[batch, head, pos, d_head]` each."""
         q, k, v = super().project(x)
         if angles is not None:
@@ -158,9 +160,9 @@ class WindowAttention(JointAttention):
         """The mixtures, group by group where the mask has groups."""
         if not isinstance(mask, Windows):
             return self._mixed(q, k, v, mask)
-        groups = (each[:, :, mask.order].split(mask.lengths, 2) for each in (q, k, v))
-        z = torch.cat([self._mixed(*group, Mask()) for group in zip(*groups, strict=True)], 2)
-        return z[:, :, mask.back]
+        queries, keys, values = (each[:, :, mask.order].split(mask.lengths, 2) for each in (q, k, v))
+        groups = zip(queries, keys, values, strict=True)
+        return torch.cat([self._mixed(*group, Mask()) for group in groups], 2)[:, :, mask.back]
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         if self.implementation != "eager":
@@ -233,7 +235,7 @@ class Merger(nn.Module):
         self.hook_in = Hook("batch feature d_features")
         self.linear_1 = nn.Linear(width, width)
         self.hook_pre = Hook("batch feature d_features")
-        self.act = nn.GELU()
+        self.act = activation("gelu")
         self.hook_post = Hook("batch feature d_features")
         self.linear_2 = nn.Linear(width, cfg.d_model)
         self.hook_out = Hook("batch feature d_model")

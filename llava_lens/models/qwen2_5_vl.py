@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from llava_lens.config import LlavaConfig
+from llava_lens.config import DECODERS, LlavaConfig
 from llava_lens.errors import LensError
 from llava_lens.facts import is_whole
 from llava_lens.images import ImageProcessor, check_size
@@ -49,9 +49,7 @@ def _decoder(hf: Any) -> dict[str, Any]:
         del rope["type"]
     if rope.get("rope_type", "default") not in SCALINGS:
         raise ValueError(f"rope_type {rope['rope_type']!r}; expected {' or '.join(map(repr, SCALINGS))}")
-    slides = "sliding_attention" in (hf.layer_types or ())
-    window = hf.sliding_window if slides else None
-    return {"attn_bias": True, "attn_out_bias": False, "window": window, "rope": rope, "sections": sections}
+    return DECODERS["qwen2"](hf) | {"rope": rope, "sections": sections}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +100,8 @@ class QwenConfig(LlavaConfig):
     def check_pixels(self, shape: tuple[int, ...]) -> None:
         assert self.vision is not None
         if shape[1] != self.vision.n_channels:
-            raise LensError(f"pixel values of shape {shape}; expected [picture, {self.vision.n_channels}, height, width]")
+            expected = f"[picture, {self.vision.n_channels}, height, width]"
+            raise LensError(f"pixel values of shape {shape}; expected {expected}")
         self.sized(shape[2], shape[3])
 
 
@@ -146,8 +145,8 @@ def pictures_of(
     values = vision.n_channels * vision.frames * vision.patch_size**2
     if sum(t * rows * cols for t, rows, cols in grids.tolist()) != len(patches) or patches.shape[1] != values:
         raise LensError(
-            f"pixel values {tuple(patches.shape)} for image_grid_thw {grids.tolist()}; expected a row of {values} values "
-            "for each patch"
+            f"pixel values {tuple(patches.shape)} for image_grid_thw {grids.tolist()}; expected a row of {values} "
+            "values for each patch"
         )
     if any(size[0] != 1 for size in sizes):
         raise LensError(f"image_grid_thw {grids.tolist()} counts several frames; a video is not supported")
@@ -195,12 +194,11 @@ class QwenImages(ImageProcessor):
         check_size(width, height, "the picture")
         if self.hf.do_resize:
             resized = smart_resize(height, width, side, self.hf.size.shortest_edge, self.hf.size.longest_edge)
-        check_size(*resized[::-1], f"the picture of {width}×{height}, resized for the model,")
+        check_size(resized[1], resized[0], f"the picture of {width}×{height}, resized for the model,")
         if resized[0] % side or resized[1] % side:
             raise LensError(f"a picture of {width}×{height} that is not resized; expected multiples of {side}")
         y, x = (
-            Axis(size, 0, size, new, 0, new // side, side)
-            for size, new in zip((height, width), resized, strict=True)
+            Axis(size, 0, size, new, 0, new // side, side) for size, new in zip((height, width), resized, strict=True)
         )
         return PixelMap(x, y)
 
@@ -274,7 +272,9 @@ class HookedQwen(HookedLlava):
             raise LensError("mm_token_type_ids that speak of a video, which is not supported; expected 0 and 1")
         if isinstance(pixels, Tensor) and pixels.ndim == 2:
             if grids is None:
-                raise LensError(f"pixel values {tuple(pixels.shape)}, patches by row; expected image_grid_thw beside them")
+                raise LensError(
+                    f"pixel values {tuple(pixels.shape)}, patches by row; expected image_grid_thw beside them"
+                )
             pixels = pictures_of(pixels, grids, self.cfg.vision)  # type: ignore[arg-type]
         elif isinstance(pixels, Tensor) and grids is not None and grids.tolist() != self._grids(pixels):
             raise LensError(f"image_grid_thw {grids.tolist()} beside pictures of {self._grids(pixels)}")
