@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +65,9 @@ class Footprint:
         name = memory_of(self.model, hook.name or "", self.inputs)
         if axis is None and dtype == own:
             return Piece((name,), kept_numel(self.model.hook(name), self.sizes, None) * own.itemsize)
-        if hook.name in SHARED and self.model.cfg.vision.keep_class_token < self.model.cfg.vision.class_token:
+        vision: Any = self.model.cfg.vision
+        shared = SHARED[:1] if getattr(vision, "merge", 1) > 1 else SHARED
+        if hook.name in shared and vision.keep_class_token < vision.class_token:
             name = SHARED[0]  # a part of the stream, which is converted by itself
         size = kept_numel(hook, self.sizes, self.cuts if axis is not None else None)
         which = None if axis is None else self.cuts.of(hook)[0]
@@ -94,10 +97,9 @@ class Footprint:
             rot = "rot_" if f"{prefix}hook_rot_q" in self.model.hook_dict else ""
             yield self._piece(self.model.hook(f"{prefix}hook_{rot}q"), cut, None)
             yield self._piece(self.model.hook(f"{prefix}hook_{rot}k"), None, None)
-            mask = self.inputs.attention_mask
             if name.startswith(TOWER):
                 yield from self._tower_mask(hook, axis)
-            elif mask is not None and not bool(mask.all()):
+            elif self._has_mask:
                 lengths, n = self.sizes[""], self.inputs.n_pos
                 rows = n if axis is None else self.cuts.count(hook, n)
                 yield Piece(("mask",), lengths["batch"] * rows * n)
@@ -113,9 +115,15 @@ class Footprint:
             cut = None if axis is None else self.cuts.of(hook)[0]
             yield Piece(("mask", TOWER, cut), n * n if cut is None else images * self.cuts.count(hook, n) * n)
 
+    @cached_property
+    def _has_mask(self) -> bool:
+        """Whether the decoder's attention holds a tensor that says what each place sees."""
+        inputs = self.inputs
+        return self.model.mask(inputs.attention_mask, 0, inputs.tokens[..., None], inputs).allowed is not None
+
     def _stream(self, hook: Hook, name: str, cut: int | None) -> Piece:
         """What a norm reads."""
-        beside = {"ln1.": "hook_attn_in", "ln2.": "hook_mlp_in"}
+        beside = {"ln1.": "hook_attn_in", "ln2.": "hook_mlp_in", "projector.norm.": "projector.hook_in"}
         for norm, source in beside.items():
             if norm in name:
                 return self._piece(self.model.hook(name[: name.index(norm)] + source), cut, None)
@@ -193,7 +201,7 @@ def axis_sizes(cfg: Any, inputs: Inputs) -> dict[str, dict[str, int]]:
         picture = {"patch": cfg.vision.n_patches, "channel": channel, "height": height, "width": width}
         sizes[TOWER] = _stack_sizes(cfg.vision, images, cfg.vision.n_ctx) | features | picture
         merged = {"feature": cfg.vision.n_merged, "d_features": cfg.vision.d_merged}
-        sizes["projector."] = {"batch": images, "d_model": cfg.d_model} | merged
+        sizes["projector."] = {"batch": images, "d_model": cfg.d_model, "1": 1} | merged
     return sizes
 
 

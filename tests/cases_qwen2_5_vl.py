@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: windows that do and do not divide the picture, one window, tied words, grouped heads, long rows."""
+"""Qwen2.5-VL: windows that do and do not divide the picture, one window, tied words, grouped heads."""
 
 from __future__ import annotations
 
@@ -80,21 +80,24 @@ def inputs(
     return found
 
 
-def case(name: str, grid: tuple[int, int], **changes: Any) -> Case:
+def case(name: str, parts: str, grid: tuple[int, int], **changes: Any) -> Case:
     """One configuration, with pictures of a grid of patches."""
 
     @cache
     def hf(attention: str, dtype: torch.dtype) -> Any:
         return random_model(Qwen2_5_VLForConditionalGeneration, config(**changes), attention, dtype)
 
-    return Case(f"qwen2_5_vl-{name}", "Qwen2.5-VL", "its own tower, Qwen2", hf, lambda hf: inputs(hf, grid=grid))
+    return Case(f"qwen2_5_vl-{name}", "Qwen2.5-VL", parts, hf, lambda hf: inputs(hf, grid=grid))
 
 
 CASES = [
-    case("uneven-windows", (6, 6)),
-    case("even-windows", (8, 4), tie_word_embeddings=True),
-    case("one-window", (4, 4), text={"num_key_value_heads": 4}),
+    case("uneven-windows", "its own tower with windows, merger, Qwen2 with three rotary axes", (6, 6)),
+    case("even-windows", "the same, tied", (8, 4), tie_word_embeddings=True),
     case(
-        "mostly-whole", (2, 10), vision={"depth": 3, "fullatt_block_indexes": [0, 2]}, text={"num_key_value_heads": 1}
+        "mostly-whole",
+        "the same, one window, one key head",
+        (2, 4),
+        vision={"fullatt_block_indexes": [0]},
+        text={"num_key_value_heads": 1},
     ),
 ]

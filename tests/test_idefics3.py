@@ -62,7 +62,7 @@ EXPANDED = {"<fake_token_around_image>", "<global-img>", *(f"<row_{n // 4 + 1}_c
 
 def processor(**changes: Any) -> Any:
     """Transformers' own, with small tiles and no download."""
-    settings = {"size": {"longest_edge": 3 * SIDE}, "max_image_size": {"longest_edge": SIDE}} | changes
+    settings: dict[str, Any] = {"size": {"longest_edge": 3 * SIDE}, "max_image_size": {"longest_edge": SIDE}} | changes
     tokens = (SIDE // PATCH // SCALE) ** 2
     return Idefics3Processor(Idefics3ImageProcessorPil(**settings), tokenizer(), tokens, TEMPLATE)
 
@@ -87,7 +87,7 @@ def test_a_batch_is_prepared_as_hugging_face_does():
     images = [[picture(70, 40), picture(20, 50, 1)], [picture(33, 33, 2)], [picture(300, 90, 3)]]
     prompts = [
         tokenizer().apply_chat_template(
-            [{"role": "user", "content": [*[{"type": "image"}] * len(row), {"type": "text", "text": question}]}],
+            [{"role": "user", "content": [*[{"type": "image"}] * len(row), {"type": "text", "text": question}]}],  # type: ignore[arg-type]
             chat_template=TEMPLATE,
             tokenize=False,
             add_generation_prompt=True,
@@ -221,9 +221,8 @@ def test_patches_are_patched_in_tower_projector_and_decoder():
         ("projector.hook_in", "projector.hook_in", (tile, 3)),
         ("resid_pre", "blocks.1.hook_resid_pre", (0, first + 3)),
     ):
-        layered = short != full
-        axes = ("layer", "patch") if layered else ("patch",)
-        found = patch(ours, clean, other, short, axes, image=tile, metric=logit(5), progress=False).values
+        how: dict[str, Any] = {"layers": 1} if short != full else {}
+        found = patch(ours, clean, other, short, "patch", image=tile, metric=logit(5), progress=False, **how).values
         cell = (1, 3) if short.startswith("vision") else (1, 1)
         assert tuple(found.shape[-2:]) == ((4, 4) if short.startswith("vision") else (2, 2))
 
@@ -231,7 +230,7 @@ def test_patches_are_patched_in_tower_projector_and_decoder():
             act[index] = source[hook.name][index]
 
         true = float(ours.run_with_hooks(other, fwd_hooks=[(full, restore)])[0, -1, 5])
-        assert float(found[(1, *cell) if layered else cell]) == pytest.approx(true, abs=1e-4)
+        assert float(found[cell]) == pytest.approx(true, abs=1e-4)
 
 
 @torch.no_grad()
@@ -294,6 +293,7 @@ def test_the_tower_is_read_as_words_and_its_account_refused():
         tower_attribution(cache, 5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_answer_is_explained_and_drawn():
     image = picture(70, 40)
@@ -308,7 +308,7 @@ def test_what_is_not_computed_is_refused():
     wrong = config("idefics3")
     wrong.text_config = Qwen2Config(**TEXT)
     with pytest.raises(ValueError, match="a decoder of 'gemma'"):
-        wrong.text_config.model_type = "gemma"
+        wrong.text_config.model_type = "gemma"  # type: ignore[misc]
         read(wrong)
     given = inputs(CASES[0].plain)
     given["pixel_attention_mask"][0, 0, 20:] = 0

@@ -15,7 +15,7 @@ from llava_lens.sweep.attach import Todo, attached, writers
 from llava_lens.sweep.base import Base
 from llava_lens.sweep.climb import Climb, Member
 from llava_lens.sweep.edits import FRONT, Edit, axes_of
-from llava_lens.sweep.sites import site_of
+from llava_lens.sweep.sites import TOWER_ENDS, site_of
 
 
 def embedded(base: Base, cells: Sequence[Sequence[Edit]], first: int) -> Tensor:
@@ -93,7 +93,7 @@ class Tower(Climb):
 
     def project(self, x: Tensor) -> Tensor:
         """Features and projector."""
-        ends = ("vision.hook_features", "projector.")
+        ends = (*TOWER_ENDS, "projector.")
         todo: Todo = {n: w for n, w in self.todo.items() if n.startswith(ends)}
         with attached(self.model, writers(self.model, todo, lambda: None)):
             return self.model.projector(self.model.vision.hook_features(self.model.vision.select(self.streams)))

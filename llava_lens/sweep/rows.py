@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from llava_lens.errors import LensError
-from llava_lens.inputs import Inputs, shown
+from llava_lens.inputs import PER_TOKEN, Inputs, shown
 from llava_lens.roles import Roles
 from llava_lens.sweep.edits import Rows
 
@@ -81,6 +82,17 @@ class Row:
             return []
         return shown(self.inputs, 0, model.cfg)
 
+    def seen(self, model: Any) -> Bool[Tensor, "place place"] | None:
+        """Which places each place sees; None where that is all earlier ones, as causality says."""
+        if not getattr(model, "follows_inputs", False):
+            return None
+        inputs = self.compact
+        mask = model.mask(None, 0, inputs.tokens[..., None], inputs)
+        if mask.allowed is not None:
+            return mask.allowed.expand(1, 1, inputs.n_pos, inputs.n_pos)[0, 0]
+        everything = torch.ones(inputs.n_pos, inputs.n_pos, dtype=torch.bool, device=inputs.tokens.device)
+        return None if mask.causal else everything
+
     def place_of(self, column: int) -> int:
         """A position's place without the padding; raises `LensError` for padding and what is not there."""
         column = column + self.n_columns if column < 0 else column
@@ -125,6 +137,11 @@ def shared_length(one: Row, other: Row, model: Any) -> int:
     a, b = one.compact.tokens[0, :n], other.compact.tokens[0, :n]
     differ = (a != b).nonzero()[:, 0]
     shared = int(differ[0]) if len(differ) else n
+    types, others = ({name: v for name, v in row.compact.extras.items() if name in PER_TOKEN} for row in (one, other))
+    if types.keys() != others.keys() or not all(
+        torch.equal(v[:, :n], others[name][:, :n]) for name, v in types.items()
+    ):
+        return 0
     for image, slots in enumerate(one.slots(model)):
         if slots and (image >= other.n_images or not same_picture(one, other, image)):
             shared = min(shared, one.rows.place[slots[0]])
