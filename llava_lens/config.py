@@ -59,7 +59,12 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """What the vision tower and the decoder have in common: a stack of pre-norm transformer blocks."""
+    """What the vision tower and the decoder have in common: a stack of pre-norm transformer blocks.
+
+    Where `positional_embedding_type` is "rotary", queries and keys are turned, and shown so too.
+    """
+
+    positional_embedding_type: ClassVar[str] = "standard"
 
     n_layers: int
     d_model: int
@@ -249,7 +254,7 @@ class DecoderConfig(TowerConfig):
     model_name: str = ""
     tokenizer_name: str = ""
     default_prepend_bos: bool = True
-    positional_embedding_type: str = "rotary"
+    positional_embedding_type: str = "rotary"  # type: ignore[misc]
     original_architecture: str = "LlamaForCausalLM"
     vision: VisionConfig | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -277,7 +282,7 @@ class DecoderConfig(TowerConfig):
             gated_mlp=True,
             d_vocab=hf.vocab_size,
             rope=dict(hf.rope_parameters or {}),
-            tie_word_embeddings=hf.tie_word_embeddings,
+            tie_word_embeddings=getattr(hf, "tie_word_embeddings", False),
             model_name=getattr(hf, "_name_or_path", "") or "",
             **ending_tokens(hf.to_dict()),
         )
@@ -357,6 +362,13 @@ class LlavaConfig(DecoderConfig):
             raise LensError("an image for a model without a vision tower")
         picture = Picture(self.vision.token_grid, self.vision.keep_class_token)
         return Layout(picture.n_tokens, (picture,))
+
+    def seeing(self: L, pixels: torch.Tensor | None) -> L:
+        """Itself with the tower's grid and lengths for pixel values `[picture, channel, height, width]`, or none.
+
+        A subclass whose pictures may have any size overrides it; here all have one.
+        """
+        return self
 
     @property
     def fingerprint(self) -> str:
