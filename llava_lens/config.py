@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava_lens.errors import LensError
+from llava_lens.facts import fact
 from llava_lens.pictures import Layout, Picture
 
 if TYPE_CHECKING:
@@ -330,6 +331,16 @@ class LlavaConfig(DecoderConfig):
             raise LensError("an image for a model without a vision tower")
         picture = Picture(self.vision.token_grid, self.vision.keep_class_token)
         return Layout(picture.n_tokens, (picture,))
+
+    def layouts(self, extras: Mapping[str, Tensor]) -> Iterator[Layout] | None:
+        """How all images of a batch stand in their prompts, in order, as their extras say; None where they say nothing.
+
+        Here `image_sizes` `[image, (height, width)]` says it.
+        """
+        sizes = extras.get("image_sizes")
+        if sizes is None:
+            return None
+        return (self.layout((width, height)) for height, width in fact(sizes, "sizes", lambda sizes: sizes.tolist()))
 
     @property
     def fingerprint(self) -> str:

@@ -173,17 +173,17 @@ class Inputs(Mapping[str, Any]):
     def layouts(self, cfg: LlavaConfig) -> list[list[Layout]]:
         """How the images of each row stand in it, in order. Raises `LensError` where the image tokens do not fit them.
 
-        Where the size of an image matters, `extras["image_sizes"]` `[image, (height, width)]` says it.
+        Where the size of an image matters, its extras say it (`cfg.layouts`).
         """
         if cfg.vision is None:
             return [[] for _ in range(self.batch_size)]
         found = token_facts(self.tokens, cfg.image_token_id).slots
-        if "image_sizes" not in self.extras:
+        layouts = cfg.layouts(self.extras)
+        if layouts is None:
             layout = cfg.layout() if any(found) else Layout(1, ())
             rows = [[layout] * (row // layout.n_tokens) for row in found]
         else:
-            sizes = iter(fact(self.extras["image_sizes"], "sizes", lambda sizes: sizes.tolist()))
-            rows = [list(_filling(row, sizes, cfg)) for row in found]
+            rows = [list(_filling(row, layouts)) for row in found]
         taken = [sum(layout.n_tokens for layout in row) for row in rows]
         if taken != found:
             pairs = zip(found, taken, strict=True)
@@ -234,12 +234,15 @@ class Inputs(Mapping[str, Any]):
         n = 0 if self.pixels is None else len(self.pixels)
         if n and cfg.vision is None:
             raise LensError(f"{n} image{'s' * (n != 1)} for a model without a vision tower; expected none")
-        if "image_sizes" in self.extras and cfg.vision:
+        found = token_facts(self.tokens, cfg.image_token_id).slots if cfg.vision else [0]
+        if not n and not any(found):
+            return
+        if cfg.layouts(self.extras) is not None:
             pictures = sum(len(layout.pictures) for row in self.layouts(cfg) for layout in row)
             if pictures != n:
                 raise LensError(f"pixel values of {n} pictures; the images of these sizes are cut into {pictures}")
             return
-        each, found = cfg.tokens_per_image, token_facts(self.tokens, cfg.image_token_id).slots if cfg.vision else [0]
+        each = cfg.tokens_per_image
         if sum(found) != n * each or any(each and row % each for row in found):
             rows = f"; by row {', '.join(map(str, found))}" if len(found) > 1 else ""
             hint = "; pixels are missing: pass pixel_values, or run under looking_at(inputs)" if not n else ""
@@ -281,10 +284,9 @@ class Inputs(Mapping[str, Any]):
         return replace(inputs, attention_mask=None) if mask is not None and is_whole(mask) else inputs
 
 
-def _filling(n: int, sizes: Iterator[Any], cfg: LlavaConfig) -> Iterator[Layout]:
-    """Layouts of images of these sizes (height, width) until they take `n` tokens."""
-    while n > 0 and (size := next(sizes, None)) is not None:
-        layout = cfg.layout((int(size[1]), int(size[0])))
+def _filling(n: int, layouts: Iterator[Layout]) -> Iterator[Layout]:
+    """The next layouts, until they take `n` tokens."""
+    while n > 0 and (layout := next(layouts, None)) is not None:
         n -= layout.n_tokens
         yield layout
 
