@@ -17,7 +17,7 @@ from torch import Tensor
 from llava_lens.config import LlavaConfig
 from llava_lens.errors import LensError
 from llava_lens.facts import MaskFacts, carry, fact, is_whole, known, mask_facts, tell, token_facts
-from llava_lens.pictures import Layout, in_a_row
+from llava_lens.pictures import Layout, Picture, in_a_row
 from llava_lens.prompt import spell
 from llava_lens.roles import Roles
 
@@ -305,14 +305,18 @@ def _roles_of_tokens(ids: list[int], mask: list[int], layouts: list[Layout], cfg
     return Roles(labels, strings, in_a_row(layouts), text, spans, cut_from(layouts))
 
 
+def standing(inputs: Inputs, row: int, cfg: LlavaConfig) -> list[tuple[list[int], Picture]]:
+    """The pictures of a row, each with the positions of its tokens."""
+    at = inputs.slots(cfg)[row].nonzero()[:, 0].tolist()
+    found, start = [], 0
+    for layout in inputs.layouts(cfg)[row]:
+        found += [([at[start + rank] for rank in picture.ranks or ()], picture) for picture in layout.ranked()]
+        start += layout.n_tokens
+    return found
+
+
 def shown(inputs: Inputs, row: int, cfg: LlavaConfig) -> list[tuple[list[int], list[int]]]:
     """For each picture of a row the positions of its tokens, and which of the picture's features each shows."""
     assert cfg.vision is not None
-    at = inputs.slots(cfg)[row].nonzero()[:, 0].tolist()
-    columns, found, start = cfg.vision.token_grid[1], [], 0
-    for layout in inputs.layouts(cfg)[row]:
-        for picture in layout.ranked():
-            where = [at[start + rank] for rank in picture.ranks or ()]
-            found.append((where, picture.features(columns)))
-        start += layout.n_tokens
-    return found
+    columns = cfg.vision.token_grid[1]
+    return [(where, picture.features(columns)) for where, picture in standing(inputs, row, cfg)]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llava_lens.errors import LensError
-from llava_lens.inputs import Inputs, shown
+from llava_lens.inputs import Inputs, standing
+from llava_lens.pictures import Picture
 from llava_lens.roles import Roles
 from llava_lens.sweep.edits import Rows
 
@@ -73,13 +74,11 @@ class Row:
 
     def slots(self, model: Any) -> list[list[int]]:
         """The positions of each picture's tokens, its class token included where it is kept."""
-        return [where for where, _ in self.shown(model)]
+        return [where for where, _ in self.standing(model)]
 
-    def shown(self, model: Any) -> list[tuple[list[int], list[int]]]:
-        """For each picture the positions of its tokens, and which of its features each shows."""
-        if not self.n_images:
-            return []
-        return shown(self.inputs, 0, model.cfg)
+    def standing(self, model: Any) -> list[tuple[list[int], Picture]]:
+        """The pictures, each with the positions of its tokens."""
+        return standing(self.inputs, 0, model.cfg) if self.n_images else []
 
     def place_of(self, column: int) -> int:
         """A position's place without the padding; raises `LensError` for padding and what is not there."""
@@ -118,15 +117,16 @@ class Row:
 
 
 def shared_length(one: Row, other: Row, model: Any) -> int:
-    """How many positions in front (padding left out) two rows have in common, pictures included."""
+    """How many positions in front (padding left out) two rows have in common, pictures and their places too."""
     n = min(len(one.columns), len(other.columns))
     if one.columns[:n] != other.columns[:n]:
         return 0
     a, b = one.compact.tokens[0, :n], other.compact.tokens[0, :n]
     differ = (a != b).nonzero()[:, 0]
     shared = int(differ[0]) if len(differ) else n
-    for image, slots in enumerate(one.slots(model)):
-        if slots and (image >= other.n_images or not same_picture(one, other, image)):
+    theirs = [picture for _, picture in other.standing(model)]
+    for image, (slots, picture) in enumerate(one.standing(model)):
+        if slots and (theirs[image : image + 1] != [picture] or not same_picture(one, other, image)):
             shared = min(shared, one.rows.place[slots[0]])
     return shared
 

@@ -106,8 +106,11 @@ class Ground:
         if isinstance(given, Patches):
             if self.front and given.image != self.image:
                 raise LensError(f"patches of image {given.image} at {self.hook!r}, swept in image {self.image}")
-            patches = self.patches(given.image)
-            return tuple(patches[i] for i in given.numbers(self.roles))
+            numbers, patches = given.numbers(self.roles), self.patches(given.image)
+            if self.front:
+                shown = self.roles.picture(given.image).patches(self.model.cfg.vision.token_grid[1])
+                numbers = [shown[i] for i in numbers]
+            return tuple(patches[i] for i in numbers)
         if isinstance(given, str):
             return self._named(given)
         if isinstance(given, Tensor | np.ndarray) and str(given.dtype) in ("bool", "torch.bool"):
@@ -180,10 +183,10 @@ class Ground:
         return names_of(self.row.roles) if self.row.roles is not None else tuple(range(self.row.n_columns))
 
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the picture's patches."""
+        """Rows and columns of the picture's patches; in the decoder of those that have a token."""
         if self.model.cfg.vision is None or not self.row.n_images:
             raise LensError("a sweep over patches needs a picture; the prompt has none")
-        return self.model.cfg.vision.grid
+        return self.model.cfg.vision.grid if self.front else self.roles.grid(self.image)
 
 
 def layers_of(given: Any, n: int) -> list[int]:
