@@ -19,6 +19,7 @@ MODELS: dict[str, str] = {
     "llama": "llava_lens.model:HookedLlava",
     "mistral": "llava_lens.model:HookedLlava",
     "qwen2": "llava_lens.model:HookedLlava",
+    "llava_next": "llava_lens.models.llava_next:HookedLlavaNext",
     "blip": "llava_lens.models.blip:HookedBlip",
 }
 """`model_type` of a checkpoint → where its class is. `register` adds one."""
