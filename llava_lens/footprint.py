@@ -102,7 +102,7 @@ class Footprint:
 
     def _stream(self, hook: Hook, name: str, cut: int | None) -> Piece:
         """What a norm reads."""
-        beside = {"ln1.": "hook_attn_in", "ln2.": "hook_mlp_in"}
+        beside = {"ln1.": "hook_attn_in", "ln2.": "hook_mlp_in", "projector.norm.": "projector.hook_in"}
         for norm, source in beside.items():
             if norm in name:
                 return self._piece(self.model.hook(name[: name.index(norm)] + source), cut, None)
@@ -177,7 +177,7 @@ def axis_sizes(cfg: Any, inputs: Inputs) -> dict[str, dict[str, int]]:
         features = {"feature": cfg.vision.n_features, "d_features": cfg.vision.d_model * len(cfg.vision.feature_layers)}
         picture = {"patch": cfg.vision.n_patches, "channel": channel, "height": height, "width": width}
         sizes[TOWER] = _stack_sizes(cfg.vision, images, cfg.vision.n_ctx) | features | picture
-        sizes["projector."] = {"batch": images, "d_model": cfg.d_model} | features
+        sizes["projector."] = {"batch": images, "d_model": cfg.d_model, "1": 1} | features
     return sizes
 
 

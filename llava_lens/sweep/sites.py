@@ -59,7 +59,7 @@ def rank_of(model: Any, name: str) -> tuple[int, int]:
     room, stage = site_of(model, name)
     inside = {"hook_text_embed": 0, "hook_embed": 1}.get(name, stage)
     if room == "projector":
-        inside = [f"projector.hook_{part}" for part in ("in", "pre", "post", "out")].index(name)
+        inside = [each for each in model.hook_dict if each.startswith("projector.")].index(name)
     return ("tower", "projector", "embed", "decoder").index(room), inside
 
 

@@ -65,7 +65,8 @@ def attribution_names(model: Any, *by: str, through: str | None = None) -> list[
         raise LensError("this model has no vision tower; expected one that looks at pictures")
     suffixes = dict.fromkeys(suffix for each in by for suffix in PARTS[each])
     blocks = [f"{TOWER}blocks.{layer}.{s}" for layer in range(model.cfg.vision.n_layers) for s in suffixes]
-    tower = [f"{TOWER}hook_embed", *blocks, *(f"projector.{name}" for name in PROJECTOR)]
+    norm = () if model.projector.norm is None else ("norm.hook_scale",)
+    tower = [f"{TOWER}hook_embed", *blocks, *(f"projector.{name}" for name in (*PROJECTOR, *norm))]
     return [*tower, *decoder]
 
 

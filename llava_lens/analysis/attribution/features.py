@@ -60,8 +60,10 @@ class Picture:
         before = sum(len(layout.pictures) for layouts in cache.inputs.layouts(cfg)[:row] for layout in layouts)
         own, picture = pictures[image]
         every, mine = cache.inputs.slots(cfg)[row].nonzero()[:, 0].tolist(), set(own)
-        others, numbers = tuple(at for at in every if at not in mine), tuple(picture.features(cfg.vision.token_grid[1]))
-        return cls(cache, row, image, before + image, tuple(own), others, numbers, picture.grid)
+        others, columns = tuple(at for at in every if at not in mine), cfg.vision.token_grid[1]  # type: ignore[union-attr]
+        return cls(
+            cache, row, image, before + image, tuple(own), others, tuple(picture.features(columns)), picture.grid
+        )
 
     @property
     def model(self) -> Any:

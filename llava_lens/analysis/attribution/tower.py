@@ -6,6 +6,7 @@ activation as the factor `post / pre`), so every sum closes; no derivative is ta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ def tower_attribution(
     """What each part of the vision tower adds, by way of one picture's features, to the logit of `answer`, in logits.
 
     Everything not linear is held at its observed values: in the decoder attention patterns and norm scales, in the
-    projector the factor `post / pre` of every unit, by which the activation multiplied its input. The tower's own
+    projector the factor `post / pre` of every unit, by which the activation multiplied its input (and the scale of a
+    norm in front of it). The tower's own
     attention and MLPs are not looked through: each writes into its patch's stream, and that is what is counted.
 
     `through="direct"` takes the direct path, from a feature's place in the embedding through the value and output
@@ -137,15 +139,30 @@ def into_projector(picture: Picture, directions: Features) -> tuple[Features, Fl
     projector = picture.model.projector
     x, pre, post, out = (picture.projected(name) for name in ("hook_in", "hook_pre", "hook_post", "hook_out"))
     dtype, first, second = picture.dtype("projector.hook_out"), projector.linear_1, projector.linear_2
-    rebuilt(x, first, pre, dtype, "projector.hook_pre is not the first layer of the cached hook_in")
+    normed, back = through_norm(picture, x)
+    rebuilt(normed, first, pre, dtype, "projector.hook_pre is not the first layer of the cached hook_in")
     rebuilt(post, second, out, dtype, "projector.hook_out is not the second layer of the cached hook_post")
     W_1, W_2 = beside(first.weight, x), beside(second.weight, x)
     b_1, b_2 = beside(bias_of(first), x), beside(bias_of(second), x)
     factor = torch.where(pre == 0, 0.0, post / pre)
     at_post = directions @ W_2
     at_pre = at_post * factor
+    at_in, shift = back(at_pre @ W_1)
     biases = directions @ b_2 + at_pre @ b_1 + (at_post * (post - factor * pre)).sum(-1)
-    return at_pre @ W_1, biases
+    return at_in, biases + shift
+
+
+def through_norm(picture: Picture, x: Tensor) -> tuple[Tensor, Callable[[Features], tuple[Features, Any]]]:
+    """The projector's input normed at the scale observed, and the way back to directions there and the bias's part."""
+    norm = picture.model.projector.norm
+    if norm is None:
+        return x, lambda directions: (directions, 0.0)
+    scale, gain, bias = picture.projected("norm.hook_scale"), beside(norm.w, x), beside(norm.b, x)
+
+    def centred(x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True)
+
+    return centred(x) / scale * gain + bias, lambda said: (centred(said * gain / scale), said @ bias)
 
 
 def parts(
