@@ -20,6 +20,8 @@ MODELS: dict[str, str] = {
     "mistral": "llava_lens.model:HookedLlava",
     "qwen2": "llava_lens.model:HookedLlava",
     "llava_next": "llava_lens.models.llava_next:HookedLlavaNext",
+    "llava_onevision": "llava_lens.models.llava_onevision:HookedLlavaOnevision",
+    "vipllava": "llava_lens.models.vipllava:HookedVipLlava",
     "blip": "llava_lens.models.blip:HookedBlip",
 }
 """`model_type` of a checkpoint → where its class is. `register` adds one."""

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT (1.6): an image is seen whole and in tiles; the tiles' features stand as one grid, with marks at line ends.
+"""LLaVA-NeXT (1.6): an image is seen whole and in tiles; the tiles' features stand as one grid, line ends marked.
 
 Unusual: an image's view as a whole and each of its tiles are pictures of their own; of a tile only the patches that are
 no padding have tokens, and the line ends between them belong to no picture.
@@ -49,6 +49,8 @@ class Line:
 
     def of_tile(self, tile: int) -> range:
         """The tokens whose middle lies in a tile."""
+        if not self.shown:
+            return range(0)
         ends = [tile * self.n, (tile + 1) * self.n]
         first, stop = (-(-(2 * (end - self.cut) * self.tokens - self.shown) // (2 * self.shown)) for end in ends)
         return range(max(0, min(first, self.tokens)), max(0, min(stop, self.tokens)))
