@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from llava_lens.inputs import Inputs
     from llava_lens.model import HookedLlava
     from llava_lens.models import HookedMLLM
+    from llava_lens.parity import ParityReport, check_parity
 
 __version__ = "0.1.0"
 __all__ = [
-    "Explanation", "HookedLlava", "HookedMLLM", "Inputs", "LlavaCache", "LlavaConfig", "explain", "hook_table",
-    "reader",
+    "Explanation", "HookedLlava", "HookedMLLM", "Inputs", "LlavaCache", "LlavaConfig", "ParityReport", "check_parity",
+    "explain", "hook_table", "reader",
 ]  # fmt: skip
 
 HOMES = {
@@ -28,6 +29,8 @@ HOMES = {
     "Inputs": "inputs",
     "LlavaCache": "cache",
     "LlavaConfig": "config",
+    "ParityReport": "parity",
+    "check_parity": "parity",
     "explain": "explanation",
     "hook_table": "hooks",
     "reader": "hooks",

@@ -126,18 +126,37 @@ class VisionConfig(TowerConfig):
         """Vectors that one picture sends to the projector: its patches, and the class token where it is kept."""
         return self.n_patches + self.keep_class_token
 
+    @property
+    def n_merged(self) -> int:
+        """Vectors that one picture sends to the decoder, in the projector's own hooks too."""
+        return self.token_grid[0] * self.token_grid[1] + self.keep_class_token
+
+    @property
+    def d_merged(self) -> int:
+        """Numbers that the projector gets for each of them."""
+        return self.d_model * len(self.feature_layers) * self.merge**2
+
+    def patches_of(self, token: int) -> list[int]:
+        """Which of a picture's patches one of its tokens (without the class token) shows, all in reading order."""
+        (row, col), columns = divmod(token, self.token_grid[1]), self.grid[1]
+        rows, cols = (range(at * self.merge, (at + 1) * self.merge) for at in (row, col))
+        return [r * columns + c for r in rows for c in cols]
+
     @classmethod
     def from_hf(
         cls: type[V], hf: Any, feature_layer: int | Sequence[int] = -1, select: str = "default", **changes: Any
     ) -> V:
         """Read a tower's config (`TOWERS`); `feature_layer` counts as Hugging Face does (0 = before the first block).
 
+        `family` stands in for the config's `model_type`, where that says nothing.
+
         Raises `ValueError` for another tower, sides that are not whole numbers, layers that are not there, and a
         class token that is to be cut off where there is none.
         """
-        if hf.model_type not in TOWERS:
-            raise ValueError(f"a tower of {hf.model_type!r}; expected {' or '.join(map(repr, TOWERS))}")
-        facts = dict(TOWERS[hf.model_type]) | changes
+        family = changes.get("family", hf.model_type)
+        if family not in TOWERS:
+            raise ValueError(f"a tower of {family!r}; expected {' or '.join(map(repr, TOWERS))}")
+        facts = dict(TOWERS[family]) | changes
         if not isinstance(hf.image_size, int) or not isinstance(hf.patch_size, int):
             raise ValueError(
                 f"image_size {hf.image_size!r} and patch_size {hf.patch_size!r}: expected one integer each"
@@ -153,7 +172,7 @@ class VisionConfig(TowerConfig):
             raise ValueError(f"vision_feature_layer {feature_layer!r}: expected {-total - 1} … {total}")
         layers = tuple(layer if layer >= 0 else total + 1 + layer for layer in asked)
         fields = dict(
-            family=hf.model_type,
+            family=family,
             n_layers=max(layers),
             n_layers_total=total,
             feature_layers=layers,

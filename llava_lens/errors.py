@@ -19,8 +19,8 @@ class UnknownHook(LensError, KeyError):
 def nearest(given: str, known: Iterable[str], n: int = 3) -> str:
     """`"; nearest: 'a', 'b'"` for an error message, empty when nothing resembles `given`.
 
-    >>> nearest("hook_patern", ["hook_pattern", "hook_z"])
+    >>> nearest("hook_patern", ["hook_pattern", "hook_z", "hook_pattern"])
     "; nearest: 'hook_pattern'"
     """
-    close = difflib.get_close_matches(given, list(known), n=n, cutoff=0.6)
+    close = difflib.get_close_matches(given, list(dict.fromkeys(known)), n=n, cutoff=0.6)
     return "; nearest: " + ", ".join(map(repr, close)) if close else ""

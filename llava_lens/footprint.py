@@ -106,8 +106,10 @@ class Footprint:
         for norm, source in beside.items():
             if norm in name:
                 return self._piece(self.model.hook(name[: name.index(norm)] + source), cut, None)
-        if name.startswith("ln_final."):
-            return self._piece(self.model.hook(_before(self.model, "", self.model.cfg.n_layers)), cut, None)
+        for norm, prefix in {"ln_final.": "", f"{TOWER}ln_post.": TOWER}.items():
+            if name.startswith(norm):
+                end = len((self.model.vision if prefix else self.model).blocks)
+                return self._piece(self.model.hook(_before(self.model, prefix, end)), cut, None)
         stream = self.model.hook(name.replace("hook_scale", "hook_normalized"))
         return self._piece(stream, cut, None)._replace(key=(name.rpartition(".")[0], cut))
 
@@ -137,9 +139,9 @@ def memory_of(model: Any, name: str, inputs: Inputs) -> str:
         return memory_of(model, _before(model, block[1], int(block[2])), inputs)
     if name == "hook_embed" and inputs.pixels is None:
         return "hook_text_embed"
-    if name == "projector.hook_in":
+    if name == "projector.hook_in" and model.cfg.vision.merge == 1:
         return memory_of(model, "vision.hook_features", inputs)
-    if name == "vision.hook_features" and not model.cfg.vision.feature_layers_listed:
+    if name == "vision.hook_features" and model.vision.features_are_a_stream:
         return _before(model, TOWER, range(model.cfg.vision.n_layers + 1)[model.cfg.vision.feature_layers[0]])
     return name
 
@@ -177,7 +179,8 @@ def axis_sizes(cfg: Any, inputs: Inputs) -> dict[str, dict[str, int]]:
         features = {"feature": cfg.vision.n_features, "d_features": cfg.vision.d_model * len(cfg.vision.feature_layers)}
         picture = {"patch": cfg.vision.n_patches, "channel": channel, "height": height, "width": width}
         sizes[TOWER] = _stack_sizes(cfg.vision, images, cfg.vision.n_ctx) | features | picture
-        sizes["projector."] = {"batch": images, "d_model": cfg.d_model, "1": 1} | features
+        merged = {"feature": cfg.vision.n_merged, "d_features": cfg.vision.d_merged}
+        sizes["projector."] = {"batch": images, "d_model": cfg.d_model, "1": 1} | merged
     return sizes
 
 

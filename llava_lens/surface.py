@@ -186,13 +186,34 @@ class TransformerLensSurface:
         """One token as a string; `<image>` for the placeholder also where the vocabulary lacks it."""
         return "<image>" if token == self.cfg.image_token_id else self.tokenizer.decode([token])
 
+    def word_ids(self, string: str) -> list[int]:
+        """The ids of a string as a text goes on with it: one word is one token, however the tokenizer marks it.
+
+        "Yes" and " Yes" are the same word to a tokenizer that puts a blank before every text. A token with its mark, as
+        labels show it ("▁Yes", "Ġgreen"), is that token.
+        """
+        tokenizer = self.tokenizer
+        ids = list(tokenizer(string, add_special_tokens=False)["input_ids"])
+        if string.startswith(" ") and len(ids) > 1:
+            first, second = tokenizer.convert_ids_to_tokens(ids[:2])
+            return ids[1:] if first == "▁" and second.startswith("▁") else ids
+        named = self._vocabulary_id(string) if len(ids) > 1 and string.startswith(("▁", "Ġ")) else None
+        return ids if named is None else [named]
+
+    def _vocabulary_id(self, token: str) -> int | None:
+        """The id of a token by the vocabulary's own spelling."""
+        found = self.tokenizer.convert_tokens_to_ids(token)
+        return None if found is None or found == self.tokenizer.unk_token_id else found
+
     def to_single_token(self, string: str) -> int:
-        """The id of a string that is one token; raises with the pieces, or the nearest words, when it is not."""
-        ids = self.tokenizer(string, add_special_tokens=False)["input_ids"]
+        """The id of a string that is one token, as `word_ids` reads it; raises with pieces and nearest words if not."""
+        ids = self.word_ids(string)
         unknown = ids == [self.tokenizer.unk_token_id] and string != self.tokenizer.unk_token
         if len(ids) != 1 or unknown:
             pieces = self.tokenizer.convert_ids_to_tokens(ids)
-            hint = nearest(string, self.tokenizer.get_vocab())
+            own = self._vocabulary_id(string)
+            hint = f"; the vocabulary's own is token {own}"
+            hint = nearest(string, self.tokenizer.get_vocab()) if own is None else hint
             count = f"{len(ids)} token{'s' * (len(ids) != 1)}"
             raise LensError(f"{string!r} is {count} {pieces}, expected one that is in the vocabulary{hint}")
         return ids[0]

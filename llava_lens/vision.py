@@ -105,6 +105,11 @@ class Vision(nn.Module):
         chosen = [streams[layer][:, start:] for layer in self.cfg.feature_layers]
         return torch.cat(chosen, dim=-1) if self.cfg.feature_layers_listed else chosen[0]
 
+    @property
+    def features_are_a_stream(self) -> bool:
+        """Whether the features lie in the memory of a stream; not where they are joined, or made by a subclass."""
+        return type(self).select is Vision.select and not self.cfg.feature_layers_listed
+
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:

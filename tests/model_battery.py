@@ -94,6 +94,7 @@ def seen(logits: Tensor, mask: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def logits_are_hugging_faces(case: Case) -> None:
+    """Logits of a padded batch with several pictures are Hugging Face's: sdpa and eager, float32 and bfloat16."""
     for attention in ("sdpa", "eager"):
         for dtype in (torch.float32, torch.bfloat16):
             hf = case.hf(attention, dtype)
@@ -104,12 +105,14 @@ def logits_are_hugging_faces(case: Case) -> None:
 
 @torch.no_grad()
 def a_text_alone_is_hugging_faces(case: Case) -> None:
+    """So are those of a text without a picture."""
     tokens = torch.tensor([[5, 9, 14, 3, 8]])
     assert_near(case.ours(tokens), case.plain(input_ids=tokens).logits, case)
 
 
 @torch.no_grad()
 def greedy_tokens_are_hugging_faces(case: Case) -> None:
+    """Greedy generation writes the same tokens, padded rows included."""
     how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "use_cache": True}
     image = case.ours.cfg.image_token_id
     true = case.plain.generate(**case.given, **how, suppress_tokens=[image], eos_token_id=None, pad_token_id=0)
@@ -119,12 +122,14 @@ def greedy_tokens_are_hugging_faces(case: Case) -> None:
 
 @torch.no_grad()
 def steps_through_a_cache_are_whole_runs(case: Case) -> None:
+    """Steps through the KV cache write what whole runs write."""
     whole = case.ours.generate(case.read, 4, stop_tokens=(), use_kv_cache=False)
     assert torch.equal(case.ours.generate(case.read, 4, stop_tokens=()), whole)
 
 
 @torch.no_grad()
 def looking_changes_nothing(case: Case) -> None:
+    """Caching everything leaves the logits as they are to the bit, and every hook fires."""
     plain = case.ours(case.read)
     logits, cache = case.ours.run_with_cache(case.read)
     assert torch.equal(logits, plain)
@@ -136,6 +141,7 @@ def looking_changes_nothing(case: Case) -> None:
 
 
 def every_edit_takes_effect(case: Case) -> None:
+    """An edit at any hook of tower, projector or decoder changes the logits."""
     plain = case.ours(case.alone)
     generator = torch.Generator().manual_seed(0)
     for name in case.ours.hook_dict:
@@ -153,6 +159,7 @@ def every_edit_takes_effect(case: Case) -> None:
 
 @torch.no_grad()
 def a_reader_of_everything_is_shown_all(case: Case) -> None:
+    """A reader at every hook at once changes no bit."""
     found: set[str] = set()
 
     @reader
@@ -165,6 +172,7 @@ def a_reader_of_everything_is_shown_all(case: Case) -> None:
 
 @torch.no_grad()
 def sums_close(case: Case) -> None:
+    """Embeddings and what every layer adds sum to the final stream, in decoder and tower."""
     _, cache = case.ours.run_with_cache(case.read)
     keep = slice(None) if case.read.attention_mask is None else case.read.attention_mask.bool()
     for held, layers in ((cache, case.ours.cfg.n_layers), (cache.vision, case.ours.cfg.vision.n_layers)):
@@ -177,6 +185,7 @@ def sums_close(case: Case) -> None:
 
 @torch.no_grad()
 def the_fused_path_is_near(case: Case) -> None:
+    """The fused path gives the same logits up to rounding."""
     model = HookedMLLM.from_hf(case.hf("sdpa", torch.float32))
     plain = seen(model(case.read), case.read.attention_mask)
     with model.use("fused"):
@@ -185,6 +194,7 @@ def the_fused_path_is_near(case: Case) -> None:
 
 
 def roles_name_every_image_token(case: Case) -> None:
+    """Every image token belongs to at most one picture, with its row and column."""
     cfg = case.ours.cfg
     for row, roles in enumerate(case.read.roles or ()):
         slots = (case.read.tokens[row] == cfg.image_token_id).nonzero()[:, 0].tolist()
@@ -216,6 +226,7 @@ def features_stand_where_the_roles_say(case: Case) -> None:
 
 
 def attribution_closes(case: Case) -> None:
+    """Direct logit attribution sums to the logit; log-probability increase is finite."""
     from llava_lens.analysis import direct_logit_attribution, log_prob_increase
 
     with torch.no_grad():
@@ -228,6 +239,7 @@ def attribution_closes(case: Case) -> None:
 
 @torch.no_grad()
 def patching_is_full_runs(case: Case) -> None:
+    """Patching the stream equals full runs with hooks by hand."""
     from llava_lens.analysis import patch
     from llava_lens.sweep import logit
 
@@ -246,6 +258,7 @@ def patching_is_full_runs(case: Case) -> None:
 
 
 def maps_score_every_patch(case: Case) -> None:
+    """Maps by six methods score every patch of a picture."""
     from llava_lens.maps import importance_map
 
     for method in ("flow", "occlusion", "gradient", "relevancy", "attention", "rollout"):
@@ -255,6 +268,7 @@ def maps_score_every_patch(case: Case) -> None:
 
 
 def a_cache_comes_back_from_disk(case: Case, folder: Any) -> None:
+    """A saved cache comes back with its inputs."""
     from llava_lens import LlavaCache
 
     with torch.no_grad():
@@ -268,6 +282,7 @@ def a_cache_comes_back_from_disk(case: Case, folder: Any) -> None:
 
 @torch.no_grad()
 def a_saved_folder_loads(case: Case, folder: Any) -> None:
+    """A folder that transformers saved loads, its class picked by its config, and gives the same logits."""
     case.plain.save_pretrained(folder)
     config = folder / "config.json"
     assert config.is_file()
@@ -285,6 +300,7 @@ def a_saved_folder_loads(case: Case, folder: Any) -> None:
 
 @torch.no_grad()
 def a_wrong_number_of_image_tokens_is_refused(case: Case) -> None:
+    """Image tokens that do not fit the pictures, and missing pictures, raise."""
     import pytest
 
     from llava_lens.errors import LensError

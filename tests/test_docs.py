@@ -69,6 +69,19 @@ def test_a_pages_code_runs(page):
     exec(compile(block, page, "exec"), {"model": model, **given})
 
 
+def test_the_guide_to_another_model_runs_and_is_the_example():
+    page, example = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("docs/extending.md", "examples/own_model.py")
+    )
+    given: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "extending.md", "exec"), given)
+    classes = re.findall(r"^(?:@dataclass.*\n)?class .*(?:\n+(?:    .*))+", page, re.MULTILINE)
+    assert len(classes) == 4 and all(
+        each in example for each in classes if "HookedDeepseek(" not in each or "Fold" in each
+    )
+
+
 @pytest.mark.parametrize(
     "example",
     [pytest.param(path, id=path.name, marks=pytest.mark.slow if path.name in SLOW else ()) for path in EXAMPLES],

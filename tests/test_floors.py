@@ -50,6 +50,7 @@ FLOORS = {
     "draft": 7,
     "generate": 8,
     "model": 10,
+    "parity": 11,
     "sweep": 11,
     "analysis": 12,
     "models": 13,

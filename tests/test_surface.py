@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from random_models import example, hf_llama, hf_llava
+from tokenizers import Tokenizer, models, normalizers
 from transformer_lens import FactoredMatrix
+from transformers import PreTrainedTokenizerFast
 
 from llava_lens import HookedLlava
 from llava_lens.errors import LensError
+from llava_lens.sweep.metrics import ids_of
 
 ODDS = ["plain", "grouped", "wide_grouped_heads", "attention_bias", "mlp_bias", "tied"]
 
@@ -97,6 +100,33 @@ def test_tokens_and_strings():
     assert slots == model.cfg.tokens_per_image == 64
     with pytest.raises(LensError, match=r"'dark red' is 2 tokens \['<unk>', 'red'\]"):
         model.to_single_token("dark red")
+
+
+def marked_tokenizer(own_blank):
+    """Words that open with `▁`; with `own_blank` every text gets one in front, a blank of its own or not."""
+    pieces = ["▁", *"Yes\n", "Ye", "Yes", "▁Yes"]
+    merges = [("Y", "e"), ("Ye", "s"), ("▁", "Yes")]
+    bpe = models.BPE({word: i for i, word in enumerate(["<unk>", *pieces])}, merges, unk_token="<unk>")
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    if own_blank:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), tokenizer.normalizer])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("own_blank", [True, False])
+def test_a_word_is_one_token_however_it_is_marked(own_blank):
+    tokenizer = marked_tokenizer(own_blank)
+    model = HookedLlava.from_hf(hf_llama("plain"), tokenizer)
+    marked, inner = (tokenizer.convert_tokens_to_ids(word) for word in ("▁Yes", "Yes"))
+    assert model.to_single_token(" Yes") == model.to_single_token("▁Yes") == marked != inner
+    assert model.to_single_token("Yes") == (marked if own_blank else inner)
+    assert ids_of(model, " Yes Yes") == ids_of(model, "▁Yes Yes" if not own_blank else "Yes Yes") == [marked, marked]
+    assert ids_of(model, "▁Yes") == [marked]
+    if own_blank:
+        newline = tokenizer.convert_tokens_to_ids("\n")
+        with pytest.raises(LensError, match=rf"is 2 tokens \['▁', .*; the vocabulary's own is token {newline}$"):
+            model.to_single_token("\n")
 
 
 def test_circuits_are_factored(model):

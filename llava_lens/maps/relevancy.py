@@ -72,19 +72,23 @@ def decoder(case: Case, x: Float[Tensor, "1 pos d"]) -> tuple[Float[Tensor, " po
 def tower(
     case: Case, x: Tensor, gradient: Tensor, patterns: dict[str, Tensor], token: Float[Tensor, " token"]
 ) -> Float[Tensor, " patch"]:
-    """Weights of the image tokens carried through the tower's relevancies back to its patches."""
+    """Weights of the image tokens carried through the tower's relevancies back to its patches.
+
+    A token that several patches are merged into gives each an equal share, and gets back the sum of theirs.
+    """
     cfg = case.model.cfg.vision
     grads = torch.autograd.grad(x, list(patterns.values()), gradient, allow_unused=True) if patterns else ()
     start = int(cfg.class_token and not cfg.keep_class_token)
-    read = [start + number for number in shown(case.inputs, 0, case.model.cfg)[case.image][1]]
+    numbers = shown(case.inputs, 0, case.model.cfg)[case.image][1]
+    read = torch.tensor([[start + patch for patch in cfg.patches_of(number)] for number in numbers])
     row = torch.zeros(cfg.n_ctx, dtype=token.dtype, device=token.device)
     weights = list(zip(patterns.values(), grads, strict=True))
     for layer in range(cfg.n_layers, -1, -1):
-        row[read] += token * (list(cfg.feature_layers).count(layer) / len(cfg.feature_layers))
+        row[read] += token[:, None] / cfg.merge**2 * (list(cfg.feature_layers).count(layer) / len(cfg.feature_layers))
         if layer and weights[layer - 1][1] is not None:
             pattern, at_pattern = weights[layer - 1]
             row = row + row @ weighted(pattern[case.image], at_pattern[case.image])
-    return row[read[int(cfg.keep_class_token) :]]
+    return row[read[int(cfg.keep_class_token) :]].sum(-1)
 
 
 def weighted(pattern: Float[Tensor, "head query key"], gradient: Tensor) -> Float[Tensor, "query key"]:

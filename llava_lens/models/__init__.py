@@ -14,7 +14,7 @@ from torch import nn
 from llava_lens.checkpoint import model_type_of
 from llava_lens.errors import LensError, nearest
 
-MODELS: dict[str, str] = {
+MODELS: dict[str, type | str] = {
     "llava": "llava_lens.model:HookedLlava",
     "llama": "llava_lens.model:HookedLlava",
     "mistral": "llava_lens.model:HookedLlava",
@@ -22,6 +22,8 @@ MODELS: dict[str, str] = {
     "llava_next": "llava_lens.models.llava_next:HookedLlavaNext",
     "llava_onevision": "llava_lens.models.llava_onevision:HookedLlavaOnevision",
     "vipllava": "llava_lens.models.vipllava:HookedVipLlava",
+    "idefics3": "llava_lens.models.idefics3:HookedIdefics3",
+    "smolvlm": "llava_lens.models.idefics3:HookedIdefics3",
     "blip": "llava_lens.models.blip:HookedBlip",
 }
 """`model_type` of a checkpoint → where its class is. `register` adds one."""
@@ -29,7 +31,7 @@ MODELS: dict[str, str] = {
 
 def register(model_type: str, kind: type | str) -> None:
     """Let `HookedMLLM` find the class of a checkpoint with this `model_type`: the class, or `"module:Class"`."""
-    MODELS[model_type] = kind if isinstance(kind, str) else f"{kind.__module__}:{kind.__qualname__}"
+    MODELS[model_type] = kind
 
 
 def class_of(model_type: str) -> Any:
@@ -38,11 +40,11 @@ def class_of(model_type: str) -> Any:
         raise LensError(
             f"no class for a {model_type!r} checkpoint{nearest(model_type, MODELS)}; known: {', '.join(MODELS)}"
         )
-    module, _, name = MODELS[model_type].partition(":")
-    found: Any = import_module(module)
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
+    kind = MODELS[model_type]
+    if not isinstance(kind, str):
+        return kind
+    module, _, name = kind.partition(":")
+    return getattr(import_module(module), name)
 
 
 class HookedMLLM:

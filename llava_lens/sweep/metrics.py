@@ -108,9 +108,8 @@ def ids_of(model: Any, word: Any, what: str = "answer") -> list[int]:
         if not 0 <= word < model.cfg.d_vocab:
             raise LensError(f"{what} {word}; expected a token id, 0 … {model.cfg.d_vocab - 1}")
         return [word]
-    tokenizer = model.tokenizer
-    ids = list(tokenizer(word, add_special_tokens=False)["input_ids"])
-    if len(ids) < 2 or tokenizer.unk_token_id in ids:
+    ids = model.word_ids(word)
+    if len(ids) < 2 or model.tokenizer.unk_token_id in ids:
         return [model.to_single_token(word)]
     return ids
 

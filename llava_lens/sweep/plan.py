@@ -96,7 +96,8 @@ def _size(base: Base, edit: Edit, axis: str) -> int | None:
     cfg = base.model.cfg
     if edit.hook.startswith(FRONT):
         patches = {"patch": cfg.vision.n_patches, "pos": cfg.vision.n_ctx, "query": cfg.vision.n_ctx}
-        patches |= {"key": cfg.vision.n_ctx, "feature": cfg.vision.n_features}
+        merged = edit.hook.startswith("projector.")
+        patches |= {"key": cfg.vision.n_ctx, "feature": cfg.vision.n_merged if merged else cfg.vision.n_features}
         if axis in patches:
             return patches[axis]
         cfg = cfg.vision if edit.hook.startswith("vision.") else cfg

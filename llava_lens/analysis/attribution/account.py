@@ -22,7 +22,9 @@ from llava_lens.analysis.scores import Label, Scores
 from llava_lens.cache import LlavaCache
 from llava_lens.errors import LensError
 from llava_lens.kernels import upcast
+from llava_lens.projector import Projector
 from llava_lens.record import TOWER
+from llava_lens.vision import Vision
 
 Answers = Word | Sequence[Word]
 """One answer, or several that are asked about together."""
@@ -64,6 +66,9 @@ def attribution_names(model: Any, *by: str, through: str | None = None) -> list[
     if model.cfg.vision is None:
         raise LensError("this model has no vision tower; expected one that looks at pictures")
     suffixes = dict.fromkeys(suffix for each in by for suffix in PARTS[each])
+    if type(model.projector).forward is not Projector.forward or type(model.vision).select is not Vision.select:
+        kinds = f"{type(model.projector).__name__} behind {type(model.vision).__name__}"
+        raise LensError(f"{kinds}; expected a projector of two layers that reads the tower's streams as they are")
     blocks = [f"{TOWER}blocks.{layer}.{s}" for layer in range(model.cfg.vision.n_layers) for s in suffixes]
     norm = () if model.projector.norm is None else ("norm.hook_scale",)
     tower = [f"{TOWER}hook_embed", *blocks, *(f"projector.{name}" for name in (*PROJECTOR, *norm))]

@@ -70,15 +70,18 @@ class Base:
     own: bool
     log_p: Float[Tensor, " d_vocab"]
     p: Float[Tensor, " d_vocab"]
-    mean: Float[Tensor, " d_model"]
 
     @classmethod
     def of(cls, vocabulary: Vocabulary, readout: Readout, x: Float[Tensor, " d_model"], token: int, own: bool) -> Base:
         """A stream read under the factor of the read-out, or under its `own`."""
         factor = float((x.pow(2).mean() + readout.eps).rsqrt()) if own else readout.scale
         log_p = (vocabulary.rows @ (x * factor)).log_softmax(-1)
-        p = log_p.exp()
-        return cls(vocabulary, x, token, factor, own, log_p, p, p @ vocabulary.rows)
+        return cls(vocabulary, x, token, factor, own, log_p, log_p.exp())
+
+    @cached_property
+    def mean(self) -> Float[Tensor, " d_model"]:
+        """`E_p r`."""
+        return self.p @ self.vocabulary.rows
 
     @property
     def log_prob(self) -> float:

@@ -111,7 +111,10 @@ def _fits(cache: LlavaCache, names: Iterable[str]) -> None:
         width = {"head": own.n_heads, "kv_head": own.n_key_value_heads, "d_head": own.d_head, "d_mlp": own.d_mlp}
         width |= {"d_model": own.d_model, "1": 1}
         if cfg.vision is not None:
-            width |= {"d_features": cfg.vision.d_model * len(cfg.vision.feature_layers)}
+            merged = (
+                cfg.vision.d_merged if name.startswith("projector.") else cfg.vision.d_merged // cfg.vision.merge**2
+            )
+            width |= {"d_features": merged}
         axes = cache.model.hook(name).axes.split()
         counted = cache.has_image_dim if name.startswith(BY_IMAGE) else cache.has_batch_dim
         axes, shape = axes if counted else axes[1:], tuple(cache.shape(name))

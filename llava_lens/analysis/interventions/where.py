@@ -90,13 +90,13 @@ class Ground:
         """All positions, padding left out."""
         if not self.front:
             return self.row.columns
-        vision = self.model.cfg.vision
-        return tuple(range(vision.n_patches + self.class_token))
+        rows, cols = self.grid()
+        return tuple(range(rows * cols + self.class_token))
 
     def patches(self, image: int | None = None) -> list[int]:
         """The position of every patch of a picture, in reading order."""
         if self.front:
-            return [self.class_token + i for i in range(self.model.cfg.vision.n_patches)]
+            return list(self.every()[self.class_token :])
         return self.roles.patch_positions(self.image if image is None else image).flatten().tolist()
 
     def select(self, given: Any) -> Places:
@@ -106,10 +106,12 @@ class Ground:
         if isinstance(given, Patches):
             if self.front and given.image != self.image:
                 raise LensError(f"patches of image {given.image} at {self.hook!r}, swept in image {self.image}")
-            numbers, patches = given.numbers(self.roles), self.patches(given.image)
+            patches, numbers, vision = self.patches(given.image), given.numbers(self.roles), self.model.cfg.vision
             if self.front:
-                shown = self.roles.picture(given.image).patches(self.model.cfg.vision.token_grid[1])
+                shown = self.roles.picture(given.image).patches(vision.token_grid[1])
                 numbers = [shown[i] for i in numbers]
+            if self.prefix == "vision.":
+                numbers = sorted(patch for number in numbers for patch in vision.patches_of(number))
             return tuple(patches[i] for i in numbers)
         if isinstance(given, str):
             return self._named(given)
@@ -175,18 +177,21 @@ class Ground:
     def names(self) -> tuple[int | str, ...]:
         """What each position is called."""
         if self.front:
-            cols = self.model.cfg.vision.grid[1]
+            rows, cols = self.grid()
             class_token = ("class token",) * self.class_token
-            return (*class_token, *(f"patch {divmod(i, cols)}" for i in range(self.model.cfg.vision.n_patches)))
+            return (*class_token, *(f"patch {divmod(i, cols)}" for i in range(rows * cols)))
         from llava_lens.analysis.attribution.query import names_of
 
         return names_of(self.row.roles) if self.row.roles is not None else tuple(range(self.row.n_columns))
 
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the picture's patches; in the decoder of those that have a token."""
+        """Rows and columns of the picture's patches; in the projector of what a token may show, in the decoder does."""
         if self.model.cfg.vision is None or not self.row.n_images:
             raise LensError("a sweep over patches needs a picture; the prompt has none")
-        return self.model.cfg.vision.grid if self.front else self.roles.grid(self.image)
+        vision = self.model.cfg.vision
+        if not self.front:
+            return self.roles.grid(self.image)
+        return vision.grid if self.prefix == "vision." else vision.token_grid
 
 
 def layers_of(given: Any, n: int) -> list[int]:

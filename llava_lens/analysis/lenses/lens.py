@@ -196,7 +196,7 @@ def tower_lens(
         for stream in streams:
             swapped = list(streams)
             swapped[read_layers[slot]] = stream
-            weight = model.projector.linear_1.weight
+            weight = next(model.projector.parameters())
             chosen = model.vision.select([s[None].to(weight.device, weight.dtype) for s in swapped])
             features.append(model.projector(chosen)[0, int(keep) :])
         beside = {"slot": slot, "feature_layers": list(read_layers)} if len(read_layers) > 1 else {}
