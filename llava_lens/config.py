@@ -101,6 +101,7 @@ class VisionConfig(TowerConfig):
     feature_layers: tuple[int, ...] = ()
     family: str = "clip_vision_model"
     feature_layers_listed: bool = False  # a list, even of one, is joined: a copy whose layout decides bf16's last bit
+    joined_whole: bool = False  # joined with the class token, which is then cut off: once more the layout
     class_token: bool = True
     keep_class_token: bool = False
     merge: int = 1

@@ -3,105 +3,38 @@
 from __future__ import annotations
 
 import itertools
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import cases_llava_next as next_cases
 import cases_llava_onevision as one_cases
-import cases_vipllava as vip_cases
 import numpy as np
 import pytest
 import torch
 from model_battery import random_model
 from PIL import Image
-from random_models import IMAGE
+from random_models import IMAGE, ROPES
 from safetensors.torch import save_file
+from tiles import PATCH, SIDE, TEXT, both, photo, processor
 from torch import Tensor
 from transformers import (
-    CLIPImageProcessorPil,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
-    LlavaOnevisionForConditionalGeneration,
-    LlavaOnevisionImageProcessorPil,
-    LlavaOnevisionProcessor,
-    LlavaProcessor,
-    VipLlavaForConditionalGeneration,
 )
 from word_tokenizer import word_tokenizer
 
-from llava_lens import HookedMLLM, Inputs
-from llava_lens.analysis import knock_out, patch, tower_attribution, visual_words
-from llava_lens.analysis.attribution.account import Asked
-from llava_lens.analysis.attribution.features import Picture, by_all_paths
-from llava_lens.analysis.attribution.tower import into_projector
+from llava_lens import HookedMLLM
 from llava_lens.checkpoint import open_checkpoint
 from llava_lens.errors import LensError
 from llava_lens.inputs import standing
-from llava_lens.maps import importance_map
 from llava_lens.models.llava_next import HookedLlavaNext, LlavaNextConfig, Tiled
 from llava_lens.models.llava_onevision import HookedLlavaOnevision, LlavaOnevisionConfig
 from llava_lens.models.vipllava import HookedVipLlava
-from llava_lens.sweep import logit
 from llava_lens.weights import load_weights
 
-SIDE, PATCH, TOKEN = 24, 8, 5
 SHAPES = [(48, 48), (30, 61), (90, 31), (200, 7), (7, 201), (5, 5), (301, 299), (72, 25), (33, 100)]
-TEXT = "w5 w6 <image> w7 w8 w9"
-
-
-class WithoutVideo(LlavaOnevisionProcessor):
-    """The processor where torchvision is missing, which its part for videos is made of."""
-
-    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type | tuple[type, ...]:
-        return object
-
-
-@cache
-def both(family: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """Hugging Face's model and ours, with a processor."""
-    kinds: dict[str, tuple[Any, Any]] = {
-        "next": (LlavaNextForConditionalGeneration, next_cases.config()),
-        "one": (LlavaOnevisionForConditionalGeneration, one_cases.config()),
-        "vip": (VipLlavaForConditionalGeneration, vip_cases.config()),
-    }
-    hf = random_model(*kinds[family], "sdpa", dtype)
-    return hf, HookedMLLM.from_hf(hf, processor(family))
-
-
-def processor(family: str, **how: Any) -> Any:
-    """The processor of transformers that fits the random model."""
-    square = {"height": SIDE, "width": SIDE}
-    tokenizer = word_tokenizer()
-    if family == "one":
-        image = LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=one_cases.PINPOINTS, **how)
-        return WithoutVideo(
-            image, tokenizer, video_processor=None, num_image_tokens=9, vision_feature_select_strategy="full",
-            vision_aspect_ratio="anyres_max_4",
-        )  # fmt: skip
-    sizes = {"size": {"shortest_edge": SIDE}, "crop_size": square}
-    if family == "vip":
-        return LlavaProcessor(
-            CLIPImageProcessorPil(**sizes), tokenizer, PATCH, "default", num_additional_image_tokens=1
-        )
-    image = LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=next_cases.PINPOINTS, **how)
-    return LlavaNextProcessor(image, tokenizer, PATCH, "default", num_additional_image_tokens=1)
-
-
-def photo(height: int, width: int, seed: int = 0) -> Image.Image:
-    rng = np.random.default_rng((height, width, seed))
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
-
-
-@cache
-def alone(family: str = "next", size: tuple[int, int] = (30, 61)) -> tuple[Any, Inputs, Any]:
-    """Our model in float64, one prompt with an image of this height and width, and its cache."""
-    _, model = both(family, torch.float64)
-    inputs = model.prepare(TEXT, photo(*size), template=False)
-    inputs = Inputs(inputs.tokens, inputs.pixels.double(), None, inputs.roles, inputs.extras)
-    with torch.no_grad():
-        return model, inputs, model.run_with_cache(inputs)[1]
+SLOW = pytest.mark.slow
 
 
 # ---- layouts
@@ -181,7 +114,9 @@ def test_a_row_of_a_batch_is_as_alone() -> None:
 
 
 @pytest.mark.parametrize("family", ["next", "one"])
-@pytest.mark.parametrize("size", [(30, 61), (90, 31), (72, 25), (50, 50)])
+@pytest.mark.parametrize(
+    "size", [(30, 61), *(pytest.param(size, marks=SLOW) for size in [(90, 31), (72, 25), (50, 50)])]
+)
 def test_every_pixel_value_comes_from_where_the_roles_say(family: str, size: tuple[int, int]) -> None:
     """Each pixel of the image says its own place in its colour, and is moved to the nearest without mixing."""
     height, width = size
@@ -239,158 +174,32 @@ def test_words_and_patches_of_tiles_are_found() -> None:
     assert torch.equal(newline, model.image_newline.expand_as(newline)) and len(ends) == 3
 
 
-# ---- what is asked of a tile
+# ---- odd configurations
+
+ODD: dict[str, dict[str, Any]] = {
+    "wide heads": {"text": {"head_dim": 24}},
+    "one key-value head": {"text": {"num_key_value_heads": 1}},
+    "tied": {"tie_word_embeddings": True},
+    "tied in the decoder's config alone": {"text": {"tie_word_embeddings": True}},
+    "biases": {"text": {"attention_bias": True, "mlp_bias": True}},
+    "several layers": {"vision_feature_layer": [-2, 1]},
+    "one layer in a list": {"vision_feature_layer": [-2]},
+    "bare projector": {"multimodal_projector_bias": False, "projector_hidden_act": "relu"},
+    "long texts": {"text": {"rope_parameters": ROPES["dynamic"], "max_position_embeddings": 64}},
+}
 
 
-def test_a_tile_whose_padding_is_cut_off_is_accounted_for() -> None:
-    """Directions are the frozen run's gradient; a feature without a token gets none."""
-    model, inputs, cache = alone()
-    grids = [inputs.roles_of().grid(i) for i in range(inputs.n_images)]
-    assert (3, 3) in grids[1:] and len(set(grids)) > 1, grids
-
-    def constant(name: str) -> tuple[str, Any]:
-        return name, lambda act, hook: cache[name].clone()
-
-    held: list[Any] = [constant("ln_final.hook_scale")]
-    for layer in range(model.cfg.n_layers):
-        kinds = ("ln1.hook_scale", "ln2.hook_scale", "attn.hook_pattern", "mlp.hook_pre")
-        held += [constant(f"blocks.{layer}.{kind}") for kind in kinds]
-    out = cache["projector.hook_out"].clone().requires_grad_()
-    logits = model.run_with_hooks(inputs, fwd_hooks=[*held, ("projector.hook_out", lambda act, hook: out + 0)])
-    logits[0, -1, TOKEN].backward()
-    assert out.grad is not None
-    for image in range(inputs.n_images):
-        picture = Picture.of(cache, 0, image)
-        directions, _ = by_all_paths(picture, Asked.of(cache, 0, -1, TOKEN, None, None))
-        full = torch.zeros_like(out[0])
-        full[list(picture.shown)] = directions[0]
-        assert torch.allclose(full, out.grad[image], rtol=1e-9, atol=1e-12)
-        for by, through in itertools.product(("component", "head", "source", "neuron"), ("direct", "all")):
-            scores = tower_attribution(cache, TOKEN, by=by, through=through, image=image)
-            rest = scores.method["rest"]
-            whole = scores.method["through_image" if through == "direct" else "logit"]
-            assert abs(float(scores.values.sum()) + sum(rest.values()) - whole) < 1e-9
-            assert by == "neuron" or tuple(scores.values.shape[-2:]) == grids[image]
-
-
-def test_tower_patches_of_a_tile_are_full_runs() -> None:
-    model, clean, cache = alone()
-    image = next(i for i, p in enumerate(clean.roles_of().pictures) if i and p.grid != (3, 3))
-    generator = torch.Generator().manual_seed(3)
-    pixels = torch.rand(clean.pixels.shape, generator=generator, dtype=torch.float64)
-    other = Inputs(clean.tokens, pixels, None, clean.roles, clean.extras)
-    scores = patch(model, clean, other, "vision.resid_pre", ("layer", "patch"), metric=logit(TOKEN), image=image,
-                   progress=False)  # fmt: skip
-    assert scores.values.shape[1:] == (3, 3)
-    mask = np.zeros(clean.roles_of().grid(image), bool)
-    mask[0, 1] = True
-    own = clean.roles_of().picture(image).offset
-    some = patch(model, clean, other, "vision.resid_pre", ("layer", "patch"), metric=logit(TOKEN), image=image,
-                 at=mask, progress=False)  # fmt: skip
-    for layer, row, col in [(0, 0, 0), (2, 1, 2), (1, own[0], own[1] + 1)]:
-
-        def restore(act: Tensor, hook: Any, at: int = 1 + 3 * row + col) -> None:
-            act[image, at] = cache[hook.name][image, at]
-
-        hooks = [(f"vision.blocks.{layer}.hook_resid_pre", restore)]
-        with torch.no_grad():
-            full = model.run_with_hooks(other, fwd_hooks=hooks)[0, -1, TOKEN]
-        assert abs(float(scores.values[layer, row, col] - full)) < 1e-9
-        expected = float(full) if (row, col) == (own[0], own[1] + 1) else torch.nan
-        assert np.isclose(float(some.values[layer, row, col]), expected, rtol=0, atol=1e-9, equal_nan=True)
-
-
-def test_maps_of_a_tile_are_those_of_its_own_pixels() -> None:
-    model, inputs, _ = alone()
-    image = next(i for i, p in enumerate(inputs.roles_of().pictures) if i and p.grid != (3, 3))
-    picture = inputs.roles_of().picture(image)
-    found = importance_map(model, inputs, "occlusion", answer=TOKEN, image=image, operator="pixel", progress=False)
-    with torch.no_grad():
-        before = model(inputs)[0, -1].log_softmax(-1)[TOKEN]
-        for row, col in [(0, 0), (picture.grid[0] - 1, picture.grid[1] - 1)]:
-            pixels = inputs.pixels.clone()
-            mean = pixels[image].mean((-2, -1), keepdim=True)
-            rows, cols = picture.box(row, col, PATCH)
-            pixels[image, :, rows, cols] = mean
-            after = model(Inputs(inputs.tokens, pixels, None, inputs.roles, inputs.extras))[0, -1].log_softmax(-1)
-            assert abs(float(found.values[row, col] - (before - after[TOKEN]))) < 1e-9
-    for method in ("flow", "gradient", "relevancy", "attention"):
-        values = importance_map(model, inputs, method, answer=TOKEN, image=image, progress=False).values
-        assert tuple(values.shape) == picture.grid and bool(torch.isfinite(values).all())
-    words = visual_words(model, inputs, TOKEN, image=image)
-    assert tuple(words.scores.values.shape) == picture.grid
-    loss = knock_out(model, inputs, "last", "image", metric=logit(TOKEN), progress=False)
-    assert bool(torch.isfinite(loss.values).all())
-
-
-# ---- interpolated tokens
-
-
-def test_interpolated_tokens_have_places_and_nothing_is_computed_from_single_patches() -> None:
-    model, inputs, cache = alone("one", (70, 71))
-    roles = inputs.roles_of()
-    assert [p.mixed for p in roles.pictures] == [False, *[True] * (roles.n_images - 1)]
-    layout = model.cfg.layout((71, 70))
-    boxes, first = {}, int(roles.positions("image")[9])
-    for image in range(1, roles.n_images):
-        for row, col in itertools.product(*map(range, roles.grid(image))):
-            place = divmod(roles.token_of(row, col, image) - first, layout.across.tokens + 1)
-            boxes[place] = roles.box_of_patch(row, col, image)
-    rows, cols = layout.down.tokens, layout.across.tokens
-    assert sorted(boxes) == list(itertools.product(range(rows), range(cols)))
-    for (row, col), (left, top, right, bottom) in boxes.items():
-        assert (left, right) == pytest.approx((71 * col / cols, 71 * (col + 1) / cols), abs=1)
-        assert (top, bottom) == pytest.approx((70 * row / rows, 70 * (row + 1) / rows), abs=1)
-    for refused in (
-        lambda: tower_attribution(cache, TOKEN, image=1),
-        lambda: importance_map(model, inputs, "occlusion", answer=TOKEN, image=1, operator="pixel", progress=False),
-        lambda: visual_words(cache, answer=TOKEN, image=1),
-        lambda: importance_map(model, inputs, "relevancy", answer=TOKEN, image=1, through="both", progress=False),
-    ):
-        with pytest.raises(LensError, match="interpolated between its patches"):
-            refused()
-    for method in ("flow", "attention", "relevancy"):
-        found = importance_map(model, inputs, method, answer=TOKEN, image=1, progress=False)
-        assert tuple(found.values.shape) == roles.grid(1)
-
-
-def test_tower_patches_under_interpolated_tokens_are_full_runs() -> None:
-    model, clean, cache = alone("one", (70, 71))
-    pixels = torch.rand(clean.pixels.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    other = Inputs(clean.tokens, pixels, None, clean.roles, clean.extras)
-    scores = patch(model, clean, other, "vision.resid_pre", ("layer",), metric=logit(TOKEN), image=2, layers=[1],
-                   progress=False)  # fmt: skip
-
-    def restore(act: Tensor, hook: Any) -> None:
-        act[2] = cache[hook.name][2]
-
-    hooks = [("vision.blocks.1.hook_resid_pre", restore)]
-    with torch.no_grad():
-        full = model.run_with_hooks(other, fwd_hooks=hooks)[0, -1, TOKEN]
-    assert abs(float(scores.values[0] - full)) < 1e-9
-
-
-# ---- ViP-LLaVA
-
-
-def test_the_account_goes_back_through_the_projectors_norm() -> None:
-    """The directions at the projector's input are the gradient with scale and gates held."""
-    model, _, cache = alone("vip")
-    picture = Picture.of(cache, 0, 0)
-    directions = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    at_in, biases = into_projector(picture, directions)
-    x = cache["projector.hook_in"].clone().requires_grad_()
-    projector, scale = model.projector, cache["projector.norm.hook_scale"]
-    normed = (x - x.mean(-1, keepdim=True)) / scale * projector.norm.weight + projector.norm.bias
-    factor = cache["projector.hook_post"] / cache["projector.hook_pre"]
-    out = projector.linear_2(projector.linear_1(normed) * factor)
-    assert torch.allclose(out, cache["projector.hook_out"])
-    (out * directions).sum().backward()
-    assert x.grad is not None and torch.allclose(at_in[0], x.grad[0], rtol=1e-9, atol=1e-12)
-    said = (at_in[0] * cache["projector.hook_in"][0]).sum() + biases.sum()
-    assert abs(float((said - (out * directions).sum()).detach())) < 1e-9
-    for by in ("component", "head", "source", "neuron"):
-        assert abs(tower_attribution(cache, TOKEN, by=by, through="all").closure) < 1e-9
+@pytest.mark.slow
+@pytest.mark.parametrize("odd", ODD)
+def test_logits_are_bit_equal_over_configurations(odd: str) -> None:
+    for attention, dtype in itertools.product(("sdpa", "eager"), (torch.float32, torch.bfloat16)):
+        hf = random_model(LlavaNextForConditionalGeneration, next_cases.config(**ODD[odd]), attention, dtype)
+        model = HookedMLLM.from_hf(hf)
+        for pad in ("left", "right"):
+            given = {n: v.to(dtype) if v.is_floating_point() else v for n, v in next_cases.inputs(hf, pad=pad).items()}
+            seen = given["attention_mask"].bool()
+            with torch.no_grad():
+                assert torch.equal(model(**given)[seen], hf(**given).logits[seen]), (attention, dtype, pad)
 
 
 def test_vip_llava_writes_its_own_prompt() -> None:
@@ -430,7 +239,7 @@ def loaded(folder: Path, kind: Any, hf: Any, weights: dict[str, Tensor]) -> Any:
     return model.ready()
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("spelling", ["of 2024", *(pytest.param(name, marks=SLOW) for name in list(SPELLINGS)[1:])])
 def test_weights_load_in_every_spelling(spelling: str, tmp_path: Path) -> None:
     kinds = {"next": HookedLlavaNext, "one": HookedLlavaOnevision, "vip": HookedVipLlava}
     for family, kind in kinds.items():
@@ -455,7 +264,7 @@ def test_weights_that_are_missing_unknown_or_of_another_shape_are_named(tmp_path
             loaded(tmp_path, HookedLlavaNext, hf, {**weights, **bad})
 
 
-@pytest.mark.parametrize("family", ["next", "one", "vip"])
+@pytest.mark.parametrize("family", ["next", *(pytest.param(family, marks=SLOW) for family in ("one", "vip"))])
 def test_a_folder_finds_its_class_and_its_processor(family: str, tmp_path: Path) -> None:
     hf, ours = both(family)
     hf.save_pretrained(tmp_path)
@@ -473,11 +282,12 @@ def test_a_folder_finds_its_class_and_its_processor(family: str, tmp_path: Path)
 
 
 def test_what_is_not_computed_is_refused() -> None:
-    for changes, said in (
+    options: list[tuple[dict[str, Any], str]] = [
         ({"vision_feature_select_strategy": "full"}, "class token"),
         ({"image_grid_pinpoints": [[24, 40]]}, "multiples of 24"),
         ({"image_grid_pinpoints": []}, "image_grid_pinpoints"),
-    ):
+    ]
+    for changes, said in options:
         with pytest.raises(ValueError, match=said):
             LlavaNextConfig.from_hf(next_cases.config(**changes))
     with pytest.raises(ValueError, match="anyres_max_9"):

@@ -113,7 +113,8 @@ class LlavaNextConfig(LlavaConfig):
         bad = [each for each in resolutions if min(each) < side or each[0] % side or each[1] % side]
         if bad or not resolutions:
             raise ValueError(f"image_grid_pinpoints {bad or resolutions}; expected pairs of multiples of {side}")
-        return facts | {"resolutions": resolutions}
+        vision = replace(facts["vision"], joined_whole=True)
+        return facts | {"vision": vision, "resolutions": resolutions, "tie_word_embeddings": hf.tie_word_embeddings}
 
     def layout(self, size: Size | None = None) -> Layout:
         """The whole view and the tiles of an image. Raises `LensError` without a size."""

@@ -37,8 +37,8 @@ class VipLlavaConfig(LlavaConfig):
     def facts_of(cls, hf: Any) -> dict[str, Any]:
         """Raises `ValueError` as the tower's config does, and for a tower without a class token."""
         vision = VisionConfig.from_hf(hf.vision_config, hf.vision_feature_layer, "default")
-        facts = super().facts_of(hf)
-        return facts | {"vision": vision, "projector_bias": True, "projector_eps": hf.projector_layernorm_eps}
+        own = {"projector_eps": hf.projector_layernorm_eps, "tie_word_embeddings": hf.tie_word_embeddings}
+        return super().facts_of(hf) | {"vision": vision, "projector_bias": True} | own
 
 
 class VipLlavaProjector(Projector):
