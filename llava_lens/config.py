@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava_lens.errors import LensError
+from llava_lens.facts import fact
 from llava_lens.pictures import Layout, Picture, side_of
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class VisionConfig(TowerConfig):
     feature_layers: tuple[int, ...] = ()
     family: str = "clip_vision_model"
     feature_layers_listed: bool = False  # a list, even of one, is joined: a copy whose layout decides bf16's last bit
+    joined_whole: bool = False  # joined with the class token, which is then cut off: once more the layout
     class_token: bool = True
     keep_class_token: bool = False
     merge: int = 1
@@ -369,6 +371,16 @@ class LlavaConfig(DecoderConfig):
         A subclass whose pictures may have any size overrides it; here all have one.
         """
         return self
+
+    def layouts(self, extras: Mapping[str, Tensor]) -> Iterator[Layout] | None:
+        """How all images of a batch stand in their prompts, in order, as their extras say; None where they say nothing.
+
+        Here `image_sizes` `[image, (height, width)]` says it.
+        """
+        sizes = extras.get("image_sizes")
+        if sizes is None:
+            return None
+        return (self.layout((width, height)) for height, width in fact(sizes, "sizes", lambda sizes: sizes.tolist()))
 
     @property
     def fingerprint(self) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from llava_lens.config import LlavaConfig
 from llava_lens.errors import LensError
 from llava_lens.facts import MaskFacts, carry, fact, is_whole, known, mask_facts, tell, token_facts
-from llava_lens.pictures import Layout, in_a_row
+from llava_lens.pictures import Layout, Picture, in_a_row
 from llava_lens.prompt import spell
 from llava_lens.roles import Roles
 
@@ -173,18 +173,18 @@ class Inputs(Mapping[str, Any]):
     def layouts(self, cfg: LlavaConfig) -> list[list[Layout]]:
         """How the images of each row stand in it, in order. Raises `LensError` where the image tokens do not fit them.
 
-        Where the size of an image matters, `extras["image_sizes"]` `[image, (height, width)]` says it.
+        Where the size of an image matters, its extras say it (`cfg.layouts`).
         """
         if cfg.vision is None:
             return [[] for _ in range(self.batch_size)]
         cfg = cfg.seeing(self.pixels)
         found = token_facts(self.tokens, cfg.image_token_id).slots
-        if "image_sizes" not in self.extras:
+        layouts = cfg.layouts(self.extras)
+        if layouts is None:
             layout = cfg.layout() if any(found) else Layout(1, ())
             rows = [[layout] * (row // layout.n_tokens) for row in found]
         else:
-            sizes = iter(fact(self.extras["image_sizes"], "sizes", lambda sizes: sizes.tolist()))
-            rows = [list(_filling(row, sizes, cfg)) for row in found]
+            rows = [list(_filling(row, layouts)) for row in found]
         taken = [sum(layout.n_tokens for layout in row) for row in rows]
         if taken != found:
             pairs = zip(found, taken, strict=True)
@@ -236,12 +236,15 @@ class Inputs(Mapping[str, Any]):
         n = 0 if self.pixels is None else len(self.pixels)
         if n and cfg.vision is None:
             raise LensError(f"{n} image{'s' * (n != 1)} for a model without a vision tower; expected none")
-        if "image_sizes" in self.extras and cfg.vision:
+        found = token_facts(self.tokens, cfg.image_token_id).slots if cfg.vision else [0]
+        if not n and not any(found):
+            return
+        if cfg.layouts(self.extras) is not None:
             pictures = sum(len(layout.pictures) for row in self.layouts(cfg) for layout in row)
             if pictures != n:
                 raise LensError(f"pixel values of {n} pictures; the images of these sizes are cut into {pictures}")
             return
-        each, found = cfg.tokens_per_image, token_facts(self.tokens, cfg.image_token_id).slots if cfg.vision else [0]
+        each = cfg.tokens_per_image
         if sum(found) != n * each or any(each and row % each for row in found):
             rows = f"; by row {', '.join(map(str, found))}" if len(found) > 1 else ""
             hint = "; pixels are missing: pass pixel_values, or run under looking_at(inputs)" if not n else ""
@@ -283,10 +286,9 @@ class Inputs(Mapping[str, Any]):
         return replace(inputs, attention_mask=None) if mask is not None and is_whole(mask) else inputs
 
 
-def _filling(n: int, sizes: Iterator[Any], cfg: LlavaConfig) -> Iterator[Layout]:
-    """Layouts of images of these sizes (height, width) until they take `n` tokens."""
-    while n > 0 and (size := next(sizes, None)) is not None:
-        layout = cfg.layout((int(size[1]), int(size[0])))
+def _filling(n: int, layouts: Iterator[Layout]) -> Iterator[Layout]:
+    """The next layouts, until they take `n` tokens."""
+    while n > 0 and (layout := next(layouts, None)) is not None:
         n -= layout.n_tokens
         yield layout
 
@@ -305,14 +307,18 @@ def _roles_of_tokens(ids: list[int], mask: list[int], layouts: list[Layout], cfg
     return Roles(labels, strings, in_a_row(layouts), text, spans, cut_from(layouts))
 
 
+def standing(inputs: Inputs, row: int, cfg: LlavaConfig) -> list[tuple[list[int], Picture]]:
+    """The pictures of a row, each with the positions of its tokens."""
+    at = inputs.slots(cfg)[row].nonzero()[:, 0].tolist()
+    found, start = [], 0
+    for layout in inputs.layouts(cfg)[row]:
+        found += [([at[start + rank] for rank in picture.ranks or ()], picture) for picture in layout.ranked()]
+        start += layout.n_tokens
+    return found
+
+
 def shown(inputs: Inputs, row: int, cfg: LlavaConfig) -> list[tuple[list[int], list[int]]]:
     """For each picture of a row the positions of its tokens, and which of the picture's features each shows."""
     assert cfg.vision is not None
-    at = inputs.slots(cfg)[row].nonzero()[:, 0].tolist()
-    columns, found, start = cfg.seeing(inputs.pixels).vision.token_grid[1], [], 0  # type: ignore[union-attr]
-    for layout in inputs.layouts(cfg)[row]:
-        for picture in layout.ranked():
-            where = [at[start + rank] for rank in picture.ranks or ()]
-            found.append((where, picture.features(columns)))
-        start += layout.n_tokens
-    return found
+    columns = cfg.seeing(inputs.pixels).vision.token_grid[1]  # type: ignore[union-attr]
+    return [(where, picture.features(columns)) for where, picture in standing(inputs, row, cfg)]

@@ -144,23 +144,37 @@ class Picture:
     map: PixelMap | None = None
     offset: tuple[int, int] = (0, 0)
     ranks: tuple[int, ...] | None = None
+    mixed: bool = False
 
     @property
     def n_tokens(self) -> int:
         return self.grid[0] * self.grid[1] + self.class_token
 
-    def features(self, columns: int) -> list[int]:
-        """Which of the tower's features its tokens show, where the whole grid has so many columns.
+    def patches(self, columns: int) -> list[int]:
+        """Which patches of the tower's grid, of so many columns, have a token; raises `LensError` for a `mixed` one.
 
-        >>> Picture((1, 2), offset=(1, 0)).features(3)
+        >>> Picture((1, 2), offset=(1, 0)).patches(3)
         [3, 4]
         """
+        self._refuse_mixed()
         (rows, cols), (top, left) = self.grid, self.offset
-        patches = [(top + row) * columns + left + col for row in range(rows) for col in range(cols)]
+        return [(top + row) * columns + left + col for row in range(rows) for col in range(cols)]
+
+    def _refuse_mixed(self) -> None:
+        if self.mixed:
+            raise LensError(
+                f"the {self.n_tokens} tokens of this tile are interpolated between its patches, so that no patch has a "
+                "token of its own; expected a picture whose tokens show a patch each: the whole view, image=0"
+            )
+
+    def features(self, columns: int) -> list[int]:
+        """Which of the tower's features its tokens show; everything else as in `patches`."""
+        patches = self.patches(columns)
         return [0, *(1 + patch for patch in patches)] if self.class_token else patches
 
     def box(self, row: int, col: int, side: int) -> tuple[slice, slice]:
-        """The rows and columns of the pixel values that a patch of `side` pixels covers."""
+        """The rows and columns of the pixel values that a patch of `side` pixels covers; raises as `patches` does."""
+        self._refuse_mixed()
         top, left = (self.offset[0] + row) * side, (self.offset[1] + col) * side
         return slice(top, top + side), slice(left, left + side)
 

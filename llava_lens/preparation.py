@@ -50,12 +50,12 @@ def prepare(
         for q, pictures, a in zip(questions, images, answers, strict=True)
     ]
     loaded = [[load_image(picture) for picture in pictures] for pictures in images]
-    layouts = [[processor.layout(picture, cfg) for picture in pictures] for pictures in loaded]
+    layouts = [processor.layouts(pictures, cfg) for pictures in loaded]
     encoded = [encode(processor, prompt, cfg, row) for prompt, row in zip(prompts, layouts, strict=True)]
     _refuse_long(encoded, layouts, cfg)
     rows = [_roles(*each, processor, cfg) for each in zip(prompts, encoded, layouts, strict=True)]
     every = [picture for pictures in loaded for picture in pictures]
-    pixels = torch.from_numpy(processor.image.pixels(every)) if every and processor.image else None
+    pixels = torch.from_numpy(processor.pixels(loaded)) if every and processor.image else None
     made = _padded(encoded, rows, pixels, processor, padding_side)
     return replace(made, extras=processor.extras(every, made, cfg)).check(cfg)
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import numpy as np
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
@@ -94,6 +96,15 @@ class Processor:
         """How an image stands in a prompt. Raises `LensError` as `load_image` does for a size that is no use."""
         assert self.image is not None
         return self.image.layout(image.size, cfg)
+
+    def layouts(self, images: Sequence[Image.Image], cfg: LlavaConfig) -> list[Layout]:
+        """How the images of one prompt stand in it; a subclass says it where one image depends on the others."""
+        return [self.layout(image, cfg) for image in images]
+
+    def pixels(self, rows: Sequence[Sequence[Image.Image]]) -> Float[np.ndarray, "picture channel y x"]:
+        """Pixel values of every picture of the images of some prompts, in order."""
+        assert self.image is not None
+        return self.image.pixels([image for images in rows for image in images])
 
     def extras(self, images: Sequence[Image.Image], inputs: Any, cfg: LlavaConfig) -> dict[str, Tensor]:
         """What the model needs beside tokens and pixel values, by Hugging Face's names."""

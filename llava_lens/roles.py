@@ -249,6 +249,7 @@ class Roles:
                 p["map"] and PixelMap(Axis(**p["map"]["x"]), Axis(**p["map"]["y"])),
                 tuple(p.get("offset", (0, 0))),
                 None if p.get("ranks") is None else tuple(p["ranks"]),
+                p.get("mixed", False),
             )
             for p in facts["pictures"]
         )

@@ -111,6 +111,8 @@ class Vision(nn.Module):
     def select(self, streams: list[Tensor]) -> Float[Tensor, "image feature d_features"]:
         """The layers that the checkpoint reads, without the class token unless it keeps it."""
         start = int(self.cfg.class_token and not self.cfg.keep_class_token)
+        if self.cfg.joined_whole and self.cfg.feature_layers_listed:
+            return torch.cat([streams[layer] for layer in self.cfg.feature_layers], dim=-1)[:, start:]
         chosen = [streams[layer][:, start:] for layer in self.cfg.feature_layers]
         return torch.cat(chosen, dim=-1) if self.cfg.feature_layers_listed else chosen[0]
 

@@ -22,11 +22,12 @@ def embedded(base: Base, cells: Sequence[Sequence[Edit]], first: int) -> Tensor:
     """The stream `[cell, place, d_model]` that enters block 0, from place `first` on, with each cell's edits made."""
     row, places = base.row, range(first, len(base.row.columns))
     x = base.acts["hook_embed"].expand(len(cells), -1, -1).clone()
-    for image, (slots, numbers) in enumerate(row.shown(base.model)):
+    for image, (slots, picture) in enumerate(row.standing(base.model)):
         who = [i for i, edits in enumerate(cells) if any(is_of(edit, image) for edit in edits)]
         if who:
             mine = [[edit for edit in cells[i] if is_of(edit, image)] for i in who]
             at = [row.rows.place[column] for column in slots]
+            numbers = picture.features(base.model.cfg.vision.token_grid[1])
             x[torch.tensor(who)[:, None], torch.tensor(at)] = features(base, mine, image)[:, numbers].to(x)
     pictured = set(row.inputs.slots(base.model.cfg)[0].nonzero()[:, 0].tolist()) if row.n_images else set()
     text = [place for column, place in row.rows.place.items() if column not in pictured]

@@ -11,7 +11,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from llava_lens.errors import LensError
-from llava_lens.inputs import PER_TOKEN, Inputs, shown
+from llava_lens.inputs import PER_TOKEN, Inputs, standing
+from llava_lens.pictures import Picture
 from llava_lens.roles import Roles
 from llava_lens.sweep.edits import Rows
 
@@ -74,13 +75,11 @@ class Row:
 
     def slots(self, model: Any) -> list[list[int]]:
         """The positions of each picture's tokens, its class token included where it is kept."""
-        return [where for where, _ in self.shown(model)]
+        return [where for where, _ in self.standing(model)]
 
-    def shown(self, model: Any) -> list[tuple[list[int], list[int]]]:
-        """For each picture the positions of its tokens, and which of its features each shows."""
-        if not self.n_images:
-            return []
-        return shown(self.inputs, 0, model.cfg)
+    def standing(self, model: Any) -> list[tuple[list[int], Picture]]:
+        """The pictures, each with the positions of its tokens."""
+        return standing(self.inputs, 0, model.cfg) if self.n_images else []
 
     def seen(self, model: Any) -> Bool[Tensor, "place place"] | None:
         """Which places each place sees; None where that is all earlier ones, as causality says."""
@@ -130,7 +129,7 @@ class Row:
 
 
 def shared_length(one: Row, other: Row, model: Any) -> int:
-    """How many positions in front (padding left out) two rows have in common, pictures included."""
+    """How many positions in front (padding left out) two rows have in common, pictures and their places too."""
     n = min(len(one.columns), len(other.columns))
     if one.columns[:n] != other.columns[:n]:
         return 0
@@ -142,8 +141,9 @@ def shared_length(one: Row, other: Row, model: Any) -> int:
         torch.equal(v[:, :n], others[name][:, :n]) for name, v in types.items()
     ):
         return 0
-    for image, slots in enumerate(one.slots(model)):
-        if slots and (image >= other.n_images or not same_picture(one, other, image)):
+    theirs = [picture for _, picture in other.standing(model)]
+    for image, (slots, picture) in enumerate(one.standing(model)):
+        if slots and (theirs[image : image + 1] != [picture] or not same_picture(one, other, image)):
             shared = min(shared, one.rows.place[slots[0]])
     return shared
 

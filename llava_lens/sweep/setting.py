@@ -125,6 +125,8 @@ def settle(
     front = [name for name in names if name.startswith(FRONT)] or list(corruption)
     why = "a full forward pass was asked for" if full else "hooks of the user are held" if fwd_hooks else None
     why = why or why_not(model, bool(front))
+    if front and any(picture.mixed for row in (clean, corrupt) if row for _, picture in row.standing(model)):
+        why = why or "tokens of a tile are interpolated between its patches"
 
     def run(row: Row, edits: Sequence[Edit] = (), like: Base | None = None) -> Base:
         if why is not None:

@@ -71,11 +71,12 @@ def attribution_names(model: Any, *by: str, through: str | None = None) -> list[
             expected = "LLaVA's, whose account it knows how to go on with"
             raise LensError(f"tower_attribution through a {type(part).__name__}; expected {expected}")
     suffixes = dict.fromkeys(suffix for each in by for suffix in PARTS[each])
-    if type(model.projector) is not Projector or type(model.vision).select is not Vision.select:
+    if type(model.projector).forward is not Projector.forward or type(model.vision).select is not Vision.select:
         kinds = f"{type(model.projector).__name__} behind {type(model.vision).__name__}"
         raise LensError(f"{kinds}; expected a projector of two layers that reads the tower's streams as they are")
     blocks = [f"{TOWER}blocks.{layer}.{s}" for layer in range(model.cfg.vision.n_layers) for s in suffixes]
-    tower = [f"{TOWER}hook_embed", *blocks, *(f"projector.{name}" for name in PROJECTOR)]
+    norm = () if model.projector.norm is None else ("norm.hook_scale",)
+    tower = [f"{TOWER}hook_embed", *blocks, *(f"projector.{name}" for name in (*PROJECTOR, *norm))]
     return [*tower, *decoder]
 
 

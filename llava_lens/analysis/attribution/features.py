@@ -22,7 +22,7 @@ from llava_lens.analysis.attribution.rebuild import beside
 from llava_lens.cache import LlavaCache
 from llava_lens.config import VisionConfig
 from llava_lens.errors import LensError
-from llava_lens.inputs import shown
+from llava_lens.inputs import standing
 from llava_lens.kernels import upcast
 from llava_lens.layers import bias_of
 from llava_lens.record import TOWER
@@ -33,7 +33,11 @@ Features = Float[Tensor, "answer feature _"]
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of one row: where its features stand in the prompt, and its entries in tower and projector."""
+    """One picture of one row: where its features stand in the prompt, and its entries in tower and projector.
+
+    `shown` are the features that stand there, `slots` their positions; only they are accounted for, as no other reaches
+    the decoder. `others` are the image positions of other pictures and of none.
+    """
 
     cache: LlavaCache
     row: int
@@ -41,22 +45,25 @@ class Picture:
     index: int
     slots: tuple[int, ...]
     others: tuple[int, ...]
+    shown: tuple[int, ...]
+    grid: tuple[int, int]
 
     @classmethod
     def of(cls, cache: LlavaCache, row: int, image: int) -> Picture:
-        """Raises `LensError` for a picture that the row does not have."""
+        """Raises `LensError` for a picture that the row does not have, or of which no single patch has a token."""
         assert cache.inputs is not None
         cfg = cache.model.cfg.seeing(cache.inputs.pixels)
-        pictures = shown(cache.inputs, row, cfg) if cfg.vision is not None else []
+        pictures = standing(cache.inputs, row, cfg) if cfg.vision is not None else []
         if not pictures:
             raise LensError(f"image {image!r} of row {row}; expected none: the prompt has no picture")
         image = whole(f"row {row}: image", image, 0, len(pictures) - 1)
-        before = sum(len(shown(cache.inputs, i, cfg)) for i in range(row))
-        own, numbers = pictures[image]
-        every = cache.inputs.slots(cfg)[row].nonzero()[:, 0].tolist()
-        if numbers != list(range(n := cfg.vision.n_features)):  # type: ignore[union-attr]
-            raise LensError(f"image {image} shows {len(numbers)} of its {n} features, or out of order")
-        return cls(cache, row, image, before + image, tuple(own), tuple(at for at in every if at not in own))
+        before = sum(len(layout.pictures) for layouts in cache.inputs.layouts(cfg)[:row] for layout in layouts)
+        own, picture = pictures[image]
+        every, mine = cache.inputs.slots(cfg)[row].nonzero()[:, 0].tolist(), set(own)
+        others, columns = tuple(at for at in every if at not in mine), cfg.vision.token_grid[1]  # type: ignore[union-attr]
+        return cls(
+            cache, row, image, before + image, tuple(own), others, tuple(picture.features(columns)), picture.grid
+        )
 
     @property
     def model(self) -> Any:
@@ -67,14 +74,15 @@ class Picture:
         return self.cache.model.cfg.seeing(self.cache.inputs.pixels).vision  # type: ignore[union-attr]
 
     @property
-    def start(self) -> int:
-        """The tower's first position that is a feature: the class token, or the first patch."""
-        return int(self.cfg.class_token and not self.cfg.keep_class_token)
+    def read(self) -> list[int]:
+        """The tower's positions whose features stand in the prompt."""
+        start = int(self.cfg.class_token and not self.cfg.keep_class_token)
+        return [start + number for number in self.shown]
 
     def projected(self, name: str) -> Float[Tensor, "feature width"]:
         """One of the projector's entries, in float32 or better."""
         act = self.cache[f"projector.{name}"]
-        return upcast(act[self.index] if self.cache.has_image_dim else act)
+        return upcast(act[self.index] if self.cache.has_image_dim else act)[list(self.shown)]
 
     def tower(self, name: str, layer: int | None = None) -> Tensor:
         """One of the tower's entries, in float32 or better; raises `LensError` where positions were cut away."""

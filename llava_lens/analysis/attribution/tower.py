@@ -6,6 +6,7 @@ activation as the factor `post / pre`), so every sum closes; no derivative is ta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ def tower_attribution(
     """What each part of the vision tower adds, by way of one picture's features, to the logit of `answer`, in logits.
 
     Everything not linear is held at its observed values: in the decoder attention patterns and norm scales, in the
-    projector the factor `post / pre` of every unit, by which the activation multiplied its input. The tower's own
+    projector the factor `post / pre` of every unit, by which the activation multiplied its input (and the scale of a
+    norm in front of it). The tower's own
     attention and MLPs are not looked through: each writes into its patch's stream, and that is what is counted.
 
     `through="direct"` takes the direct path, from a feature's place in the embedding through the value and output
@@ -76,7 +78,8 @@ def tower_attribution(
     that is attended to, summed over those written to; by "neuron": `[layer, neuron]`, summed over patches. Of several
     feature layers each counts the parts below it. `method["rest"]` holds what the split leaves out: "embed", "MLPs" or
     "attention", "biases", "projector", "class token" (its own feature where the decoder sees it, by "source" what was
-    read from it), and with "all" the decoder's "text", "other images" and "decoder biases". Scores and rest sum to
+    read from it), by "source" the "patches without a token" of a tile whose padding is cut off, and with "all" the
+    decoder's "text", "other images" (image tokens of no picture too) and "decoder biases". Scores and rest sum to
     `through_image`, or with "all" to `logit`; `closure` is by how much they miss it.
 
     The other arguments are those of `direct_logit_attribution`; `image` is the picture's number in its row. Raises
@@ -113,15 +116,21 @@ def on_the_grid(
     picture: Picture, cells: Float[Tensor, "answer *axes position"], rest: PerFeature, by: str
 ) -> tuple[Float[Tensor, "answer *axes row col"], Rest]:
     """Patches as rows and columns; the class token in front of them, where it is there, goes to the rest."""
-    rows, cols = picture.cfg.grid
-    ahead = cells.shape[-1] - rows * cols
-    values = rearrange(cells[..., ahead:], "... (row col) -> ... row col", row=rows, col=cols)
-    if by == "source":
-        return values, {**{name: each.sum(1) for name, each in rest.items()}, "class token": cells[..., 0].sum((1, 2))}
+    rows, cols = picture.grid
+    by_source, ahead = by == "source", int(picture.cfg.keep_class_token)
+    own = picture.read[ahead:] if by_source else list(range(ahead, cells.shape[-1]))
+    values = rearrange(cells[..., own], "... (row col) -> ... row col", row=rows, col=cols)
+    if by_source:
+        sums = {name: each.sum(1) for name, each in rest.items()}
+        first = int(picture.cfg.class_token)
+        without = [at for at in range(first, cells.shape[-1]) if at not in set(own)]
+        if first:
+            sums["class token"] = cells[..., 0].sum((1, 2))
+        return values, sums | ({"patches without a token": cells[..., without].sum((1, 2, 3))} if without else {})
     sums = {name: each[:, ahead:].sum(1) for name, each in rest.items()}
     if ahead:
-        own = [cells[..., 0].flatten(1).sum(1), *(each[:, 0] for each in rest.values())]
-        sums["class token"] = torch.stack(own).sum(0)
+        first_cells = [cells[..., 0].flatten(1).sum(1), *(each[:, 0] for each in rest.values())]
+        sums["class token"] = torch.stack(first_cells).sum(0)
     return values, sums
 
 
@@ -130,15 +139,30 @@ def into_projector(picture: Picture, directions: Features) -> tuple[Features, Fl
     projector = picture.model.projector
     x, pre, post, out = (picture.projected(name) for name in ("hook_in", "hook_pre", "hook_post", "hook_out"))
     dtype, first, second = picture.dtype("projector.hook_out"), projector.linear_1, projector.linear_2
-    rebuilt(x, first, pre, dtype, "projector.hook_pre is not the first layer of the cached hook_in")
+    normed, back = through_norm(picture, x)
+    rebuilt(normed, first, pre, dtype, "projector.hook_pre is not the first layer of the cached hook_in")
     rebuilt(post, second, out, dtype, "projector.hook_out is not the second layer of the cached hook_post")
     W_1, W_2 = beside(first.weight, x), beside(second.weight, x)
     b_1, b_2 = beside(bias_of(first), x), beside(bias_of(second), x)
     factor = torch.where(pre == 0, 0.0, post / pre)
     at_post = directions @ W_2
     at_pre = at_post * factor
+    at_in, shift = back(at_pre @ W_1)
     biases = directions @ b_2 + at_pre @ b_1 + (at_post * (post - factor * pre)).sum(-1)
-    return at_pre @ W_1, biases
+    return at_in, biases + shift
+
+
+def through_norm(picture: Picture, x: Tensor) -> tuple[Tensor, Callable[[Features], tuple[Features, Any]]]:
+    """The projector's input normed at the scale observed, and the way back to directions there and the bias's part."""
+    norm = picture.model.projector.norm
+    if norm is None:
+        return x, lambda directions: (directions, 0.0)
+    scale, gain, bias = picture.projected("norm.hook_scale"), beside(norm.w, x), beside(norm.b, x)
+
+    def centred(x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True)
+
+    return centred(x) / scale * gain + bias, lambda said: (centred(said * gain / scale), said @ bias)
 
 
 def parts(
@@ -150,7 +174,7 @@ def parts(
 
     def writes(name: str, layer: int | None = None) -> Float[Tensor, "answer feature"]:
         """What one addition to the stream says; feature layers at or below it do not see it."""
-        added = picture.tower(name, layer)[picture.start :]
+        added = picture.tower(name, layer)[picture.read]
         return einsum(above(layer), added, "answer feature d, feature d -> answer feature")
 
     def above(layer: int | None) -> Features:
@@ -176,14 +200,14 @@ def parts(
 
 def by_head(picture: Picture, block: Any, layer: int, directions: Features) -> Float[Tensor, "answer head feature"]:
     """One layer's heads, by the feature they write to."""
-    z = picture.tower("attn.hook_z", layer)[picture.start :]
+    z = picture.tower("attn.hook_z", layer)[picture.read]
     unchanged(picture, layer, "hook_attn_out", z.flatten(1), block.attn.o_proj, "heads")
     return einsum(z, read_by_heads(block, directions), "feature head d, answer feature head d -> answer head feature")
 
 
 def by_source(picture: Picture, block: Any, layer: int, directions: Features) -> Float[Tensor, "answer head pos"]:
     """One layer's heads, by the position they read from."""
-    pattern, v = picture.tower("attn.hook_pattern", layer)[:, picture.start :], picture.tower("attn.hook_v", layer)
+    pattern, v = picture.tower("attn.hook_pattern", layer)[:, picture.read], picture.tower("attn.hook_v", layer)
     z = einsum(pattern, v, "head feature pos, pos head d -> feature head d")
     unchanged(picture, layer, "hook_attn_out", z.flatten(1), block.attn.o_proj, "heads")
     read = read_by_heads(block, directions)
@@ -193,7 +217,7 @@ def by_source(picture: Picture, block: Any, layer: int, directions: Features) ->
 
 def by_neuron(picture: Picture, block: Any, layer: int, directions: Features) -> Float[Tensor, "answer neuron"]:
     """One layer's hidden units, summed over the features they write to."""
-    post = picture.tower("mlp.hook_post", layer)[picture.start :]
+    post = picture.tower("mlp.hook_post", layer)[picture.read]
     unchanged(picture, layer, "hook_mlp_out", post, block.mlp.out_proj, "neurons")
     read = directions @ beside(block.mlp.out_proj.weight, post)
     return einsum(read, post, "answer feature neuron, feature neuron -> answer neuron")
@@ -201,6 +225,6 @@ def by_neuron(picture: Picture, block: Any, layer: int, directions: Features) ->
 
 def unchanged(picture: Picture, layer: int, name: str, x: Tensor, linear: nn.Linear, what: str) -> None:
     """Raise `LensError` where the parts of a tower layer's output are no longer what they were in the run."""
-    seen, dtype = picture.tower(name, layer)[picture.start :], picture.dtype(f"{TOWER}blocks.{layer}.{name}")
+    seen, dtype = picture.tower(name, layer)[picture.read], picture.dtype(f"{TOWER}blocks.{layer}.{name}")
     said = f"the {what} of tower layer {layer} do not sum to the cached {name} (by='component' reads it as it was)"
     rebuilt(x, linear, seen, dtype, said)

@@ -111,9 +111,12 @@ class Ground:
         if isinstance(given, Patches):
             if self.front and given.image != self.image:
                 raise LensError(f"patches of image {given.image} at {self.hook!r}, swept in image {self.image}")
-            patches, numbers = self.patches(given.image), given.numbers(self.roles)
+            patches, numbers, vision = self.patches(given.image), given.numbers(self.roles), self.vision
+            if self.front:
+                shown = self.roles.picture(given.image).patches(vision.token_grid[1])
+                numbers = [shown[i] for i in numbers]
             if self.prefix == "vision.":
-                numbers = sorted(patch for number in numbers for patch in self.vision.patches_of(number))
+                numbers = sorted(patch for number in numbers for patch in vision.patches_of(number))
             return tuple(patches[i] for i in numbers)
         if isinstance(given, str):
             return self._named(given)
@@ -187,17 +190,13 @@ class Ground:
         return names_of(self.row.roles) if self.row.roles is not None else tuple(range(self.row.n_columns))
 
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the picture's patches; in decoder and projector of what each token shows."""
+        """Rows and columns of the picture's patches; in the projector of what a token may show, in the decoder does."""
         vision = self.vision
         if vision is None or not self.row.n_images:
             raise LensError("a sweep over patches needs a picture; the prompt has none")
-        return (
-            vision.grid
-            if self.prefix == "vision."
-            else vision.token_grid
-            if self.front
-            else self.roles.grid(self.image)
-        )
+        if not self.front:
+            return self.roles.grid(self.image)
+        return vision.grid if self.prefix == "vision." else vision.token_grid
 
 
 def layers_of(given: Any, n: int) -> list[int]:

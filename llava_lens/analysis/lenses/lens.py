@@ -279,8 +279,9 @@ def _over_patches(
     model: Any, features: list[Tensor], reader: Reader, token: int, top: int, roles: Roles, method: dict[str, Any]
 ) -> Lens:
     """Patches of several layers read as words, `[layer, row, col]`."""
-    rows, cols = roles.grid(method["image"])
-    reads = [reader.read(each, token, top) for each in features]
+    picture = roles.picture(method["image"])
+    (rows, cols), shown = picture.grid, picture.patches(model.cfg.vision.token_grid[1])
+    reads = [reader.read(each[shown], token, top) for each in features]
     over = (rearrange(torch.stack(each), "layer (row col) ... -> layer row col ...", row=rows, col=cols)
             for each in zip(*reads, strict=True))  # fmt: skip
     read = Read(*over)
