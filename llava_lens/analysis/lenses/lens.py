@@ -280,8 +280,9 @@ def _over_patches(
 ) -> Lens:
     """Patches of several layers read as words, `[layer, row, col]`."""
     picture = roles.picture(method["image"])
-    (rows, cols), shown = picture.grid, picture.patches(model.cfg.vision.token_grid[1])
-    reads = [reader.read(each[shown], token, top) for each in features]
+    rows, cols = picture.grid
+    columns = cols if len(features[0]) == rows * cols else model.cfg.vision.token_grid[1]
+    reads = [reader.read(each[picture.patches(columns)], token, top) for each in features]
     over = (rearrange(torch.stack(each), "layer (row col) ... -> layer row col ...", row=rows, col=cols)
             for each in zip(*reads, strict=True))  # fmt: skip
     read = Read(*over)
