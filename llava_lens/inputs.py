@@ -177,6 +177,7 @@ class Inputs(Mapping[str, Any]):
         """
         if cfg.vision is None:
             return [[] for _ in range(self.batch_size)]
+        cfg = cfg.seeing(self.pixels)
         found = token_facts(self.tokens, cfg.image_token_id).slots
         if "image_sizes" not in self.extras:
             layout = cfg.layout() if any(found) else Layout(1, ())
@@ -231,6 +232,7 @@ class Inputs(Mapping[str, Any]):
         return self.tokens == cfg.image_token_id
 
     def _check_slots(self, cfg: LlavaConfig) -> None:
+        cfg = cfg.seeing(self.pixels)
         n = 0 if self.pixels is None else len(self.pixels)
         if n and cfg.vision is None:
             raise LensError(f"{n} image{'s' * (n != 1)} for a model without a vision tower; expected none")
@@ -307,7 +309,7 @@ def shown(inputs: Inputs, row: int, cfg: LlavaConfig) -> list[tuple[list[int], l
     """For each picture of a row the positions of its tokens, and which of the picture's features each shows."""
     assert cfg.vision is not None
     at = inputs.slots(cfg)[row].nonzero()[:, 0].tolist()
-    columns, found, start = cfg.vision.token_grid[1], [], 0
+    columns, found, start = cfg.seeing(inputs.pixels).vision.token_grid[1], [], 0  # type: ignore[union-attr]
     for layout in inputs.layouts(cfg)[row]:
         for picture in layout.ranked():
             where = [at[start + rank] for rank in picture.ranks or ()]

@@ -20,8 +20,10 @@ MODELS: dict[str, type | str] = {
     "paligemma": "llava_lens.models.paligemma:HookedPaliGemma",
     "mistral": "llava_lens.model:HookedLlava",
     "qwen2": "llava_lens.model:HookedLlava",
+    "qwen2_5_vl": "llava_lens.models.qwen2_5_vl:HookedQwen",
     "idefics3": "llava_lens.models.idefics3:HookedIdefics3",
     "smolvlm": "llava_lens.models.idefics3:HookedIdefics3",
+    "internvl": "llava_lens.models.internvl:HookedInternVL",
     "blip": "llava_lens.models.blip:HookedBlip",
 }
 """`model_type` of a checkpoint → where its class is. `register` adds one."""

@@ -28,7 +28,7 @@ DERIVED = ("attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_result")
 """Hooks that no run starts from, and that take much memory to record."""
 SEAMS = ("forward", "embed_inputs", "run_blocks", "read_out")
 FRONT_SEAMS = ("splice", "encode_image")
-TOWER_STEPS = ("forward", "start", "embed", "patches", "add_positions")
+TOWER_STEPS = ("forward", "start", "embed", "patches", "add_positions", "mask", "angles")
 """Steps that a class of towers must have left as they are; what it makes of its layers (`select`) is its own."""
 FOLLOWED = ("mask", "positions", "arrange", "embed_tokens")
 """Steps that a class may have of its own: the shortened runs take them as they are."""
@@ -63,7 +63,7 @@ def rank_of(model: Any, name: str) -> tuple[int, int]:
     room, stage = site_of(model, name)
     inside = {"hook_text_embed": 0, "hook_embed": 1}.get(name, stage)
     if room == "projector":
-        inside = [f"projector.hook_{part}" for part in ("in", "pre", "post", "out")].index(name)
+        inside = [each for each in model.hook_dict if each.startswith("projector.")].index(name)
     return ("tower", "projector", "embed", "decoder").index(room), inside
 
 

@@ -46,7 +46,7 @@ class Picture:
     def of(cls, cache: LlavaCache, row: int, image: int) -> Picture:
         """Raises `LensError` for a picture that the row does not have."""
         assert cache.inputs is not None
-        cfg = cache.model.cfg
+        cfg = cache.model.cfg.seeing(cache.inputs.pixels)
         pictures = shown(cache.inputs, row, cfg) if cfg.vision is not None else []
         if not pictures:
             raise LensError(f"image {image!r} of row {row}; expected none: the prompt has no picture")
@@ -64,7 +64,7 @@ class Picture:
 
     @property
     def cfg(self) -> VisionConfig:
-        return self.cache.model.cfg.vision
+        return self.cache.model.cfg.seeing(self.cache.inputs.pixels).vision  # type: ignore[union-attr]
 
     @property
     def start(self) -> int:

@@ -76,12 +76,17 @@ class Ground:
         return self.row.roles
 
     @property
+    def vision(self) -> Any:
+        """The tower as it sees the row's pictures."""
+        return self.model.cfg.seeing(self.row.inputs.pixels).vision
+
+    @property
     def class_token(self) -> int:
         """Positions in front of the patches: the tower's class token, the projector's where it is kept."""
         if not self.hook:
             return 0
         axes = self.model.hook(self.hook).axes.split()
-        vision = self.model.cfg.vision
+        vision = self.vision
         if vision is None or "patch" in axes:
             return 0
         return int(vision.keep_class_token if "feature" in axes else vision.class_token)
@@ -108,7 +113,7 @@ class Ground:
                 raise LensError(f"patches of image {given.image} at {self.hook!r}, swept in image {self.image}")
             patches, numbers = self.patches(given.image), given.numbers(self.roles)
             if self.prefix == "vision.":
-                numbers = sorted(patch for number in numbers for patch in self.model.cfg.vision.patches_of(number))
+                numbers = sorted(patch for number in numbers for patch in self.vision.patches_of(number))
             return tuple(patches[i] for i in numbers)
         if isinstance(given, str):
             return self._named(given)
@@ -183,9 +188,9 @@ class Ground:
 
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the picture's patches; in decoder and projector of what each token shows."""
-        if self.model.cfg.vision is None or not self.row.n_images:
+        vision = self.vision
+        if vision is None or not self.row.n_images:
             raise LensError("a sweep over patches needs a picture; the prompt has none")
-        vision = self.model.cfg.vision
         return (
             vision.grid
             if self.prefix == "vision."

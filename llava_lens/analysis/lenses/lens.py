@@ -198,7 +198,8 @@ def tower_lens(
             swapped[read_layers[slot]] = stream
             weight = next(model.projector.parameters())
             chosen = model.vision.select([s[None].to(weight.device, weight.dtype) for s in swapped])
-            features.append(model.projector(chosen)[0, int(keep) :])
+            pixels = cache.inputs.pixels[:1].to(weight.device)  # type: ignore[union-attr,index]
+            features.append(model.project(chosen, pixels)[0, int(keep) :])
         beside = {"slot": slot, "feature_layers": list(read_layers)} if len(read_layers) > 1 else {}
         each.append(_over_patches(model, features, reader, token, top, roles, {**method, **beside}))
     return same_shape(each)
