@@ -20,7 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava_lens.errors import LensError
 from llava_lens.facts import fact
-from llava_lens.pictures import Layout, Picture
+from llava_lens.pictures import Layout, Picture, side_of
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -60,7 +60,12 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """What the vision tower and the decoder have in common: a stack of pre-norm transformer blocks."""
+    """What the vision tower and the decoder have in common: a stack of pre-norm transformer blocks.
+
+    Where `positional_embedding_type` is "rotary", queries and keys are turned, and shown so too.
+    """
+
+    positional_embedding_type: ClassVar[str] = "standard"
 
     n_layers: int
     d_model: int
@@ -144,10 +149,15 @@ class VisionConfig(TowerConfig):
         return [r * columns + c for r in rows for c in cols]
 
     @classmethod
+    def towers(cls) -> Mapping[str, Mapping[str, Any]]:
+        """The towers that a config of this class describes, by `model_type`: where each differs from CLIP's."""
+        return TOWERS
+
+    @classmethod
     def from_hf(
         cls: type[V], hf: Any, feature_layer: int | Sequence[int] = -1, select: str = "default", **changes: Any
     ) -> V:
-        """Read a tower's config (`TOWERS`); `feature_layer` counts as Hugging Face does (0 = before the first block).
+        """Read a tower's config (`towers`); `feature_layer` counts as Hugging Face does (0 = before the first block).
 
         `family` stands in for the config's `model_type`, where that says nothing.
 
@@ -155,10 +165,11 @@ class VisionConfig(TowerConfig):
         class token that is to be cut off where there is none.
         """
         family = changes.get("family", hf.model_type)
-        if family not in TOWERS:
-            raise ValueError(f"a tower of {family!r}; expected {' or '.join(map(repr, TOWERS))}")
-        facts = dict(TOWERS[family]) | changes
-        if not isinstance(hf.image_size, int) or not isinstance(hf.patch_size, int):
+        if family not in (towers := cls.towers()):
+            raise ValueError(f"a tower of {family!r}; expected {' or '.join(map(repr, towers))}")
+        facts = dict(towers[family]) | changes
+        image_size, patch_size = side_of(hf.image_size), side_of(hf.patch_size)
+        if image_size is None or patch_size is None:
             raise ValueError(
                 f"image_size {hf.image_size!r} and patch_size {hf.patch_size!r}: expected one integer each"
             )
@@ -187,11 +198,11 @@ class VisionConfig(TowerConfig):
             act_fn=hf.hidden_act,
             eps=hf.layer_norm_eps,
             normalization_type="LN",
-            n_ctx=(hf.image_size // hf.patch_size) ** 2 + class_token,
+            n_ctx=(image_size // patch_size) ** 2 + class_token,
             attn_bias=True,
             mlp_bias=True,
-            image_size=hf.image_size,
-            patch_size=hf.patch_size,
+            image_size=image_size,
+            patch_size=patch_size,
             n_channels=hf.num_channels,
         )
         return cls(**{**fields, **facts})
@@ -245,7 +256,7 @@ class DecoderConfig(TowerConfig):
     model_name: str = ""
     tokenizer_name: str = ""
     default_prepend_bos: bool = True
-    positional_embedding_type: str = "rotary"
+    positional_embedding_type: str = "rotary"  # type: ignore[misc]
     original_architecture: str = "LlamaForCausalLM"
     vision: VisionConfig | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -273,7 +284,7 @@ class DecoderConfig(TowerConfig):
             gated_mlp=True,
             d_vocab=hf.vocab_size,
             rope=dict(hf.rope_parameters or {}),
-            tie_word_embeddings=hf.tie_word_embeddings,
+            tie_word_embeddings=getattr(hf, "tie_word_embeddings", False),
             model_name=getattr(hf, "_name_or_path", "") or "",
             **ending_tokens(hf.to_dict()),
         )
@@ -331,6 +342,8 @@ class LlavaConfig(DecoderConfig):
     """The `model_type`s of the checkpoints that this class reads."""
     architecture: ClassVar[str] = "LlavaForConditionalGeneration"
     """The name of the class in transformers."""
+    Tower: ClassVar[type[VisionConfig]] = VisionConfig
+    """The class that reads the tower's config."""
 
     image_token_id: int | None = None
     projector_act_fn: str = "gelu"
@@ -361,6 +374,13 @@ class LlavaConfig(DecoderConfig):
         if sizes is None:
             return None
         return (self.layout((width, height)) for height, width in fact(sizes, "sizes", lambda sizes: sizes.tolist()))
+
+    def seeing(self: L, pixels: torch.Tensor | None) -> L:
+        """Itself with the tower's grid and lengths for pixel values `[picture, channel, height, width]`, or none.
+
+        A subclass whose pictures may have any size overrides it; here all have one.
+        """
+        return self
 
     @property
     def fingerprint(self) -> str:
@@ -394,7 +414,7 @@ class LlavaConfig(DecoderConfig):
         layer = getattr(hf, "vision_feature_layer", -1)
         select = getattr(hf, "vision_feature_select_strategy", "full")
         return dict(
-            vision=VisionConfig.from_hf(hf.vision_config, layer, select),
+            vision=cls.Tower.from_hf(hf.vision_config, layer, select),
             image_token_id=hf.image_token_id,
             projector_act_fn=getattr(hf, "projector_hidden_act", "gelu"),
             projector_bias=getattr(hf, "multimodal_projector_bias", True),

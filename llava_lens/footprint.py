@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +65,9 @@ class Footprint:
         name = memory_of(self.model, hook.name or "", self.inputs)
         if axis is None and dtype == own:
             return Piece((name,), kept_numel(self.model.hook(name), self.sizes, None) * own.itemsize)
-        if hook.name in SHARED and self.model.cfg.vision.keep_class_token < self.model.cfg.vision.class_token:
+        vision: Any = self.model.cfg.vision
+        shared = SHARED[:1] if getattr(vision, "merge", 1) > 1 else SHARED
+        if hook.name in shared and vision.keep_class_token < vision.class_token:
             name = SHARED[0]  # a part of the stream, which is converted by itself
         size = kept_numel(hook, self.sizes, self.cuts if axis is not None else None)
         which = None if axis is None else self.cuts.of(hook)[0]
@@ -94,11 +97,29 @@ class Footprint:
             rot = "rot_" if f"{prefix}hook_rot_q" in self.model.hook_dict else ""
             yield self._piece(self.model.hook(f"{prefix}hook_{rot}q"), cut, None)
             yield self._piece(self.model.hook(f"{prefix}hook_{rot}k"), None, None)
-            mask = self.inputs.attention_mask
-            if not name.startswith(TOWER) and mask is not None and not bool(mask.all()):
+            if name.startswith(TOWER):
+                yield from self._tower_mask(hook, axis)
+            elif self._has_mask:
                 lengths, n = self.sizes[""], self.inputs.n_pos
                 rows = n if axis is None else self.cuts.count(hook, n)
                 yield Piece(("mask",), lengths["batch"] * rows * n)
+
+    def _tower_mask(self, hook: Hook, axis: int | None) -> Iterator[Piece]:
+        """What a tower's positions see of one another, for all pictures alike where nothing is cut."""
+        layer, pixels = re.search(r"\d+", hook.name or ""), self.inputs.pixels
+        if layer is None or pixels is None:
+            return
+        allowed = self.model.vision.mask(int(layer[0]), pixels).allowed
+        if allowed is not None:
+            images, n = len(pixels), allowed.shape[-1]
+            cut = None if axis is None else self.cuts.of(hook)[0]
+            yield Piece(("mask", TOWER, cut), n * n if cut is None else images * self.cuts.count(hook, n) * n)
+
+    @cached_property
+    def _has_mask(self) -> bool:
+        """Whether the decoder's attention holds a tensor that says what each place sees."""
+        inputs = self.inputs
+        return self.model.mask(inputs.attention_mask, 0, inputs.tokens[..., None], inputs).allowed is not None
 
     def _stream(self, hook: Hook, name: str, cut: int | None) -> Piece:
         """What a norm reads."""
@@ -175,7 +196,7 @@ def axis_sizes(cfg: Any, inputs: Inputs) -> dict[str, dict[str, int]]:
     tokens = inputs.n_pos
     sizes = {"": _stack_sizes(cfg, inputs.batch_size, tokens) | {"d_vocab": cfg.d_vocab}}
     if cfg.vision is not None and inputs.pixels is not None:
-        images, channel, height, width = inputs.pixels.shape
+        cfg, (images, channel, height, width) = cfg.seeing(inputs.pixels), inputs.pixels.shape
         features = {"feature": cfg.vision.n_features, "d_features": cfg.vision.d_model * len(cfg.vision.feature_layers)}
         picture = {"patch": cfg.vision.n_patches, "channel": channel, "height": height, "width": width}
         sizes[TOWER] = _stack_sizes(cfg.vision, images, cfg.vision.n_ctx) | features | picture

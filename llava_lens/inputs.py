@@ -177,6 +177,7 @@ class Inputs(Mapping[str, Any]):
         """
         if cfg.vision is None:
             return [[] for _ in range(self.batch_size)]
+        cfg = cfg.seeing(self.pixels)
         found = token_facts(self.tokens, cfg.image_token_id).slots
         layouts = cfg.layouts(self.extras)
         if layouts is None:
@@ -231,6 +232,7 @@ class Inputs(Mapping[str, Any]):
         return self.tokens == cfg.image_token_id
 
     def _check_slots(self, cfg: LlavaConfig) -> None:
+        cfg = cfg.seeing(self.pixels)
         n = 0 if self.pixels is None else len(self.pixels)
         if n and cfg.vision is None:
             raise LensError(f"{n} image{'s' * (n != 1)} for a model without a vision tower; expected none")
@@ -318,5 +320,5 @@ def standing(inputs: Inputs, row: int, cfg: LlavaConfig) -> list[tuple[list[int]
 def shown(inputs: Inputs, row: int, cfg: LlavaConfig) -> list[tuple[list[int], list[int]]]:
     """For each picture of a row the positions of its tokens, and which of the picture's features each shows."""
     assert cfg.vision is not None
-    columns = cfg.vision.token_grid[1]
+    columns = cfg.seeing(inputs.pixels).vision.token_grid[1]  # type: ignore[union-attr]
     return [(where, picture.features(columns)) for where, picture in standing(inputs, row, cfg)]

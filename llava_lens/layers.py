@@ -57,14 +57,14 @@ class Attention(nn.Module):
         self.hook_q = Hook("batch pos head d_head")
         self.hook_k = Hook("batch pos kv_head d_head")
         self.hook_v = Hook("batch pos kv_head d_head")
-        if isinstance(cfg, DecoderConfig):
+        if cfg.positional_embedding_type == "rotary":
             self.hook_rot_q = Hook("batch pos head d_head")
             self.hook_rot_k = Hook("batch pos kv_head d_head")
         self.hook_attn_scores = Hook("batch head query key")
         self.hook_pattern = Hook("batch head query key")
         self.hook_z = Hook("batch pos head d_head")
         self.hook_result = Hook("batch pos head d_model")
-        rotated = (self.hook_rot_q, self.hook_rot_k) if isinstance(cfg, DecoderConfig) else ()
+        rotated = (self.hook_rot_q, self.hook_rot_k) if cfg.positional_embedding_type == "rotary" else ()
         self.packed = Packed(self, "q_proj", "k_proj", "v_proj")
         usual = all(getattr(type(self), name) is getattr(Attention, name) for name in ("project", "keys_and_values"))
         self.qkv = Region(self.hook_q, self.hook_k, self.hook_v, *rotated, usual=usual, packed=self.packed)
@@ -118,10 +118,10 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Float[Tensor, "batch head query d_head"]:
         """Mix the values; scores and pattern are formed for listeners, or because the eager path needs them."""
         eager = self.implementation == "eager"
-        fast = None if eager else kernels.attention(q, k, v, self.scale, *mask)
+        fast = self.at_once(q, k, v, mask)
         if fast is not None and not (self.hook_attn_scores.live or self.hook_pattern.live):
             return fast
-        decoders = eager and hasattr(self, "hook_rot_k")
+        decoders = eager and isinstance(self.cfg, DecoderConfig)
         how = dict(uniform=eager, contiguous=decoders)
         scores_of, pattern_of = (
             partial(derived.attention, kind, q, k, self.scale, *mask, **how) for kind in ("scores", "pattern")
@@ -142,6 +142,10 @@ class Attention(nn.Module):
         if not (touched_scores or touched_pattern):
             return fast
         return splice(fast, kernels.mix_values(after, v), before, after)
+
+    def at_once(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Float[Tensor, "batch head query d_head"] | None:
+        """The mixtures without scores and pattern in between; None where those are formed anyhow."""
+        return None if self.implementation == "eager" else kernels.attention(q, k, v, self.scale, *mask)
 
     def output(self, z: Heads) -> Stream:
         """What the heads' mixtures add to the stream."""

@@ -170,7 +170,7 @@ class HookedLlava(InputReader, Planned, HookedModel):
         stop_at_layer: int | None = None,
         logits_to_keep: int | Tensor = 0,
         past_kv_cache: KVCache | None = None,
-        position_ids: Int[Tensor, "#batch pos"] | None = None,
+        position_ids: Int[Tensor, "*axes #batch pos"] | None = None,
         loss_per_token: bool = False,
         **named: Any,
     ) -> Any:
@@ -257,7 +257,13 @@ class HookedLlava(InputReader, Planned, HookedModel):
         self, pixels: Float[Tensor, "image channel height width"]
     ) -> Float[Tensor, "image feature d_model"]:
         """What the decoder gets to see of each picture."""
-        return self.projector(self.vision(pixels))
+        return self.project(self.vision(pixels), pixels)
+
+    def project(
+        self, features: Float[Tensor, "image feature d_features"], pixels: Float[Tensor, "image channel height width"]
+    ) -> Float[Tensor, "image token d_model"]:
+        """The tower's features through the projector; `pixels` are those they were made of, whose size may matter."""
+        return self.projector(features)
 
     def arrange(self, image: Float[Tensor, "image feature d_model"], inputs: Inputs) -> Tensor:
         """The features in the order of the image tokens, `[…, d_model]`; all of them, one picture after another.

@@ -49,20 +49,22 @@ class RMSNorm(nn.Module):
         normalized, mean_square = kernels.rms_norm_parts(x, self.eps)
         if not self.norm.live:
             return self.weight * normalized.to(x.dtype)
-        touched = False
-        if self.hook_scale.needs_value:
-            scale = mean_square.sqrt()
-            seen, touched = self.hook_scale.look(scale)
-            if touched:
-                normalized = splice(normalized, kernels.upcast(x) / seen, scale, seen)
-        else:
-            self.hook_scale.offer(lambda: derived.norm("scale", x, self.eps, False))
+        normalized, touched = self.scaled(x, normalized, mean_square)
         normalized = normalized.to(x.dtype)
         if touched or self.hook_normalized.needs_value:
             normalized = self.hook_normalized(normalized)
         else:
             self.hook_normalized.offer(lambda: derived.norm("normalized", x, self.eps, False))
         return self.weight * normalized
+
+    def scaled(self, x: Stream, normalized: Tensor, mean_square: Tensor) -> tuple[Tensor, bool]:
+        """The normalized stream after listeners have seen, and perhaps changed, what it is divided by; and if so."""
+        if not self.hook_scale.needs_value:
+            self.hook_scale.offer(lambda: derived.norm("scale", x, self.eps, False))
+            return normalized, False
+        scale = mean_square.sqrt()
+        seen, touched = self.hook_scale.look(scale)
+        return (splice(normalized, kernels.upcast(x) / seen, scale, seen) if touched else normalized), touched
 
     def after_adding(self, x: Stream, branch: Stream) -> tuple[Stream, Stream]:
         """The stream with a branch added, and its norm, in one step, of which nobody is told; `told` does that."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
@@ -48,6 +49,17 @@ class Axis:
         stop = start + self.patch * self.padded
         first, last = start // self.resized, -(-stop // self.resized)
         return slice(min(max(first, 0), self.size), min(max(last, 0), self.size))
+
+
+def side_of(given: Any) -> int | None:
+    """A square's side from one number or a pair of equal ones, None for anything else.
+
+    >>> side_of(448), side_of((14, 14)), side_of((14, 7))
+    (448, 14, None)
+    """
+    sides = set(given) if isinstance(given, list | tuple) else {given}
+    side = sides.pop() if len(sides) == 1 else None
+    return side if isinstance(side, int) else None
 
 
 def grown(patches: Bool[np.ndarray, "row col"], buffer: int) -> Bool[np.ndarray, "row col"]:

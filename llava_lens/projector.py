@@ -32,7 +32,7 @@ class Projector(nn.Module):
     def __init__(self, cfg: LlavaConfig):
         super().__init__()
         assert cfg.vision is not None
-        d_in = cfg.vision.d_model * len(cfg.vision.feature_layers)
+        d_in = cfg.vision.d_merged
         self.hook_in = Hook("batch feature d_features")
         self.norm = self.make_norm(cfg, d_in)
         self.linear_1 = nn.Linear(d_in, cfg.d_model, bias=cfg.projector_bias)

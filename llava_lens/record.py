@@ -121,8 +121,8 @@ class Recorder:
     def _recipe(self, recipe: Derived, hook: Hook) -> Derived | Tensor:
         """The recipe of the kept positions on the device asked for, or what it says."""
         _, cut = self.cuts.of(hook)
-        if cut.mode != "identity":
-            length = recipe.shape[self.cuts.axis(hook) or 0]
+        if cut.mode != "identity" and (axis := self.cuts.axis(hook)) is not None:
+            length = recipe.shape[axis]
             self.cuts.count(hook, length)
             rows = np.ravel(cut.indices(length)).tolist()
             recipe = recipe.cut(lambda source, axis: self._kept(source, hook, axis, source.dtype), rows)

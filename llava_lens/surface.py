@@ -160,7 +160,7 @@ class TransformerLensSurface:
 
     def _encode_row(self, text: str, prepend_bos: bool | None) -> list[int]:
         tokenizer, token = self.tokenizer, self.processor.image_token
-        if token in text and not self.cfg.tokens_per_image:
+        if token in text and self.cfg.vision is None:
             raise LensError(f"{token} in {text!r}, but this model has no vision tower")
         ids = encode(self.processor, Prompt(text, (0, len(text)), (-1, -1)), self.cfg).ids
         bos, starts = tokenizer.bos_token_id, text.startswith(tokenizer.bos_token or "\0")

@@ -17,6 +17,7 @@ from llava_lens.hooks import Hook
 from llava_lens.layers import MLP, Attention, Block, Embedding, Mask, accumulated_bias
 from llava_lens.norms import LayerNorm
 from llava_lens.regions import Region
+from llava_lens.rotary import Angles
 
 
 class Patches(nn.Conv2d):
@@ -71,9 +72,9 @@ class Vision(nn.Module):
     def forward(self, pixels: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image feature d_features"]:
         """Features of every patch for the projector; several feature layers are laid side by side."""
         x = self.start(pixels)
-        streams = [x]
-        for block in self.blocks:
-            x = block(x, Mask())
+        streams, angles = [x], self.angles(pixels)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, self.mask(layer, pixels), angles)
             streams.append(x)
         return self.hook_features(self.select(streams))
 
@@ -98,6 +99,14 @@ class Vision(nn.Module):
         if self.hook_pos_embed.live:
             positions = self.hook_pos_embed(positions.expand(len(x), -1, -1))
         return x + positions
+
+    def mask(self, layer: int, pixels: Float[Tensor, "image channel height width"]) -> Mask:
+        """What the positions of a picture see of one another in a layer: all of them."""
+        return Mask()
+
+    def angles(self, pixels: Float[Tensor, "image channel height width"]) -> Angles | None:
+        """How far queries and keys are turned, in a tower with rotary positions."""
+        return None
 
     def select(self, streams: list[Tensor]) -> Float[Tensor, "image feature d_features"]:
         """The layers that the checkpoint reads, without the class token unless it keeps it."""

@@ -67,20 +67,23 @@ def inputs(hf: Any, tiles: Sequence[Sequence[int]] = ((3, 1), (1,)), side: str =
     }
 
 
-def case(name: str, kind: str, model: str, given: Any = None, scale: int = 2, text: Any = None, **vision: int) -> Case:
+def case(name: str, kind: str, parts: str, given: Any = None, scale: int = 2, text: Any = None, **vision: int) -> Case:
     @cache
     def hf(attention: str, dtype: torch.dtype) -> Any:
         return random_model(KINDS[kind][1], config(kind, scale, text, **vision), attention, dtype)
 
-    return Case(name, model, "SigLIP, pixel shuffle, Llama", hf, lambda hf: inputs(hf, **(given or {})))
+    model = "Idefics3" if kind == "idefics3" else "SmolVLM, SmolVLM2 (images)"
+    return Case(name, model, parts, hf, lambda hf: inputs(hf, **(given or {})))
 
 
-SMOLVLM = "SmolVLM, SmolVLM2 (images)"
 SHIFTED = {"image_size": 51, "patch_size": 2, "num_hidden_layers": 1}
 """A grid of 25 × 25: rounding puts some patches at their neighbour's position; and there are pixels outside of it."""
+HEADS = {"num_key_value_heads": 4, "head_dim": 24}
 CASES = [
-    case("smolvlm", "smolvlm", SMOLVLM),
-    case("idefics3", "idefics3", "Idefics3", text={"num_key_value_heads": 4, "head_dim": 24}),
-    case("idefics3-shifted", "idefics3", "Idefics3", scale=5, text={"attention_bias": True}, **SHIFTED),
-    case("smolvlm-tied", "smolvlm", SMOLVLM, {"tiles": ((1, 1), (2,))}, 1, {"tie_word_embeddings": True}),
-]
+    case("smolvlm", "smolvlm", "SigLIP, pixel shuffle, Llama"),
+    case("idefics3", "idefics3", "SigLIP, pixel shuffle, Llama", text=HEADS),
+    case("idefics3-shifted", "idefics3", "SigLIP at shared positions, pixel shuffle by 5, Llama with biases", scale=5,
+         text={"attention_bias": True}, **SHIFTED),
+    case("smolvlm-tied", "smolvlm", "SigLIP, nothing merged, tied Llama", {"tiles": ((1, 1), (2,))}, 1,
+         {"tie_word_embeddings": True}),
+]  # fmt: skip

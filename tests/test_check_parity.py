@@ -283,13 +283,13 @@ def test_weights_that_no_rule_names_and_stages_without_a_hook_are_listed():
     model, hf = twins()
     hf = deepcopy(hf)
     hf.model.language_model.layers[0].extra = torch.nn.Linear(2, 2, bias=False)
-    del model.mod_dict["vision.hook_features"], model.hook_dict["vision.hook_features"]
+    del model.mod_dict["projector.hook_in"], model.hook_dict["projector.hook_in"]
     decoder = hf.model.language_model
     decoder.forward = lambda *args, run=decoder.forward, **named: (run(*args, **named), run(*args, **named))[1]
     report = check_parity(model, hf, example(hf), new_tokens=0)
     assert report.is_equal and report.weights.unknown == ("model.language_model.layers.0.extra.weight",)
     assert "weights: no rule names model.language_model.layers.0.extra.weight" in str(report)
-    assert "not compared: tower features: our model has no hook 'vision.hook_features'" in str(report)
+    assert "not compared: tower features: our model has no hook 'projector.hook_in'" in str(report)
     assert "not compared: spliced embeddings, blocks 0–2, final norm: Hugging Face ran it 2 times" in str(report)
     assert names(report.compared)[-2:] == ["projector", "logits"]
 

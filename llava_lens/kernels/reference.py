@@ -43,8 +43,8 @@ def _half_turn(x: Tensor) -> Tensor:
 
 
 def rotate(x: Queries, cos: Float[Tensor, "#batch 1 query d_head"], sin: Tensor) -> Queries:
-    """Rotary position embedding of queries or keys."""
-    return (x * cos) + (_half_turn(x) * sin)
+    """Rotary position embedding of queries or keys; wider angles are rounded only at the end."""
+    return ((x * cos) + (_half_turn(x) * sin)).to(x.dtype)
 
 
 def repeat_heads(x: Keys, n: int) -> Tensor:

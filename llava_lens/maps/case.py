@@ -221,10 +221,10 @@ class Case:
 
     def runs_at_once(self, pixels: bool = False, graph: bool = False, max_bytes: int = MAX_BYTES) -> int:
         """How many runs fit a budget: stream, projections, MLP and attention of one layer, or of all on the graph."""
-        cfg, vision, length = self.model.cfg, self.model.cfg.vision, self.inputs.n_pos
+        cfg, length = self.model.cfg.seeing(self.inputs.pixels), self.inputs.n_pos
         layer = length * (6 * cfg.d_model + 3 * cfg.d_mlp + cfg.n_heads * length)
         row = layer * (cfg.n_layers if graph else 1)
-        if pixels and vision is not None:
+        if pixels and (vision := cfg.vision) is not None:
             layer = vision.n_ctx * (6 * vision.d_model + 3 * vision.d_mlp + vision.n_heads * vision.n_ctx)
             row += self.roles.n_images * layer * (vision.n_layers if graph else 1)
         return max(1, max_bytes // (self.model.embed.weight.element_size() * (row + 3 * cfg.d_vocab)))

@@ -76,7 +76,7 @@ def tower(
 
     A token that several patches are merged into gives each an equal share, and gets back the sum of theirs.
     """
-    cfg = case.model.cfg.vision
+    cfg = case.model.cfg.seeing(case.inputs.pixels).vision
     grads = torch.autograd.grad(x, list(patterns.values()), gradient, allow_unused=True) if patterns else ()
     start = int(cfg.class_token and not cfg.keep_class_token)
     numbers = shown(case.inputs, 0, case.model.cfg)[case.image][1]

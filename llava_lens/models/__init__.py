@@ -17,13 +17,16 @@ from llava_lens.errors import LensError, nearest
 MODELS: dict[str, type | str] = {
     "llava": "llava_lens.model:HookedLlava",
     "llama": "llava_lens.model:HookedLlava",
+    "paligemma": "llava_lens.models.paligemma:HookedPaliGemma",
     "mistral": "llava_lens.model:HookedLlava",
     "qwen2": "llava_lens.model:HookedLlava",
     "llava_next": "llava_lens.models.llava_next:HookedLlavaNext",
     "llava_onevision": "llava_lens.models.llava_onevision:HookedLlavaOnevision",
     "vipllava": "llava_lens.models.vipllava:HookedVipLlava",
+    "qwen2_5_vl": "llava_lens.models.qwen2_5_vl:HookedQwen",
     "idefics3": "llava_lens.models.idefics3:HookedIdefics3",
     "smolvlm": "llava_lens.models.idefics3:HookedIdefics3",
+    "internvl": "llava_lens.models.internvl:HookedInternVL",
     "blip": "llava_lens.models.blip:HookedBlip",
 }
 """`model_type` of a checkpoint → where its class is. `register` adds one."""

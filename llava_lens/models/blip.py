@@ -167,6 +167,8 @@ class HookedBlip(HookedModel):
 
     tokenizer = TransformerLensSurface.tokenizer
     to_single_token = TransformerLensSurface.to_single_token
+    word_ids = TransformerLensSurface.word_ids
+    _vocabulary_id = TransformerLensSurface._vocabulary_id
 
     # ---- the forward
 

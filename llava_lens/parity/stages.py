@@ -55,7 +55,7 @@ def watched_stages(twin: Twin, inputs: Inputs) -> list[Watched]:
         add("tower embeddings", "tower start", "vision.hook_embed", "vision.blocks.0.", "input")
         for i in range(len(model.vision.blocks)):
             add(f"tower block {i}", "tower block", f"vision.blocks.{i}.hook_resid_post", f"vision.blocks.{i}.")
-        add("tower features", "features", "vision.hook_features", "projector.", "input")
+        add("tower features", "features", "projector.hook_in", "projector.", "input")
         add("projector", "projector", "projector.hook_out", "projector.")
     add("spliced embeddings", "splice", "hook_embed", "blocks.0.", "input", keep)
     for i in range(len(model.blocks)):

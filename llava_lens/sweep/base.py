@@ -180,14 +180,7 @@ class Base:
     @cached_property
     def _seen(self) -> Tensor | None:
         """Which places each place sees, where that is the model's own matter and not only causal."""
-        if not self.model.follows_inputs:
-            return None
-        inputs = self.row.compact
-        mask = self.model.mask(None, 0, inputs.tokens[..., None], inputs)
-        if mask.allowed is not None:
-            return mask.allowed.expand(1, 1, inputs.n_pos, inputs.n_pos)[0, 0]
-        everything = torch.ones(inputs.n_pos, inputs.n_pos, dtype=torch.bool, device=inputs.tokens.device)
-        return None if mask.causal else everything
+        return self.row.seen(self.model)
 
     @property
     def mask(self) -> Mask:

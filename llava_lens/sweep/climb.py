@@ -211,7 +211,7 @@ class DecoderClimb(Climb):
     def first_half(self, layer: int, block: Any, x: Tensor) -> Tensor:
         held = self.base.keys_and_values(layer, self.first)
         if layer < len(self.blocks) - 1 or not self.narrow:
-            return block.first_half(x, Mask(), self.angles, SharedPrefix(*held, self.visible))
+            return block.first_half(x, Mask(), self.angles, SharedPrefix(*held, self.visible, whole=self.base.mask))
         before = f"blocks.{layer}.hook_resid_pre"
         for i, edit in self.todo.get(before, []):
             edit.write(x[i], axes_of(self.model.hook(before)), self.rows)

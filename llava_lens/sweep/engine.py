@@ -167,7 +167,8 @@ def sweep_key(setting: Setting, cells: Sequence[Cell], on: str) -> str:
     """What names a sweep: the model, both inputs, every edit and the metric."""
     bound, metric = setting.bound, setting.bound.metric
     measured = repr(metric) if isinstance(metric, Metric) else source_of(metric)
-    inputs = [[row.inputs.tokens, row.inputs.pixels, row.columns] for row in (setting.clean.row, setting.corrupt.row)]
+    rows = (setting.clean.row, setting.corrupt.row)
+    inputs = [[row.inputs.tokens, row.inputs.pixels, row.columns, *row.inputs.extras.values()] for row in rows]
     lasting = [_facts(edit) for base in (setting.clean, setting.corrupt) for edit in base.edits]
     made = [[_facts(edit) for edit in edits] for edits in cells]
     whose = [sorted(passport(setting.model).items()), weights_of(setting.model)]

@@ -15,7 +15,7 @@ from llava_lens.sweep.attach import Todo, attached, writers
 from llava_lens.sweep.base import Base
 from llava_lens.sweep.climb import Climb, Member
 from llava_lens.sweep.edits import FRONT, Edit, axes_of
-from llava_lens.sweep.sites import site_of
+from llava_lens.sweep.sites import TOWER_ENDS, site_of
 
 
 def embedded(base: Base, cells: Sequence[Sequence[Edit]], first: int) -> Tensor:
@@ -27,7 +27,7 @@ def embedded(base: Base, cells: Sequence[Sequence[Edit]], first: int) -> Tensor:
         if who:
             mine = [[edit for edit in cells[i] if is_of(edit, image)] for i in who]
             at = [row.rows.place[column] for column in slots]
-            numbers = picture.features(base.model.cfg.vision.token_grid[1])
+            numbers = picture.features(base.model.cfg.seeing(row.inputs.pixels).vision.token_grid[1])
             x[torch.tensor(who)[:, None], torch.tensor(at)] = features(base, mine, image)[:, numbers].to(x)
     pictured = set(row.inputs.slots(base.model.cfg)[0].nonzero()[:, 0].tolist()) if row.n_images else set()
     text = [place for column, place in row.rows.place.items() if column not in pictured]
@@ -94,7 +94,7 @@ class Tower(Climb):
 
     def project(self, x: Tensor) -> Tensor:
         """Features and projector."""
-        ends = ("vision.hook_features", "projector.")
+        ends = (*TOWER_ENDS, "projector.")
         todo: Todo = {n: w for n, w in self.todo.items() if n.startswith(ends)}
         with attached(self.model, writers(self.model, todo, lambda: None)):
             return self.model.projector(self.model.vision.hook_features(self.model.vision.select(self.streams)))

@@ -93,7 +93,7 @@ def _check_value(edit: Edit) -> None:
 
 
 def _size(base: Base, edit: Edit, axis: str) -> int | None:
-    cfg = base.model.cfg
+    cfg = base.model.cfg.seeing(base.row.inputs.pixels)
     if edit.hook.startswith(FRONT):
         patches = {"patch": cfg.vision.n_patches, "pos": cfg.vision.n_ctx, "query": cfg.vision.n_ctx}
         merged = edit.hook.startswith("projector.")

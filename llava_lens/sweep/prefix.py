@@ -9,24 +9,31 @@ from llava_lens import kernels
 from llava_lens.kv_cache import KVCache
 from llava_lens.layers import Attention, Mask
 
+CAUSAL = Mask(causal=True)
+
 
 class SharedPrefix(KVCache):
     """One layer's keys and values `[kv_head, prefix, d_head]` of the clean run, which every run of a batch looks at.
 
     `visible` says which of their own positions the queries may see. `own` are keys and values of more rows than there
-    are queries, where only some rows go on.
+    are queries, where only some rows go on. `whole` is the mask of all rows, for where there is no prefix.
     """
 
     def __init__(
-        self, k: Tensor, v: Tensor, visible: Bool[Tensor, "query own"], own: tuple[Tensor, Tensor] | None = None
+        self,
+        k: Tensor,
+        v: Tensor,
+        visible: Bool[Tensor, "query own"],
+        own: tuple[Tensor, Tensor] | None = None,
+        whole: Mask = CAUSAL,
     ):
         super().__init__(0)
-        self.k, self.v, self.visible, self.own = k, v, visible, own
+        self.k, self.v, self.visible, self.own, self.whole = k, v, visible, own, whole
 
     def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """Mix the values of the prefix and of each run's own positions."""
         if not self.k.shape[1] and self.own is None:
-            return attention.attend(q, k, v, Mask(causal=True))
+            return attention.attend(q, k, v, self.whole)
         k, v = (k, v) if self.own is None else self.own
         if not (attention.hook_attn_scores.live or attention.hook_pattern.live):
             return kernels.attention_after(q, self.k, self.v, k, v, attention.scale, self.visible)

@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from llava_lens.errors import LensError
-from llava_lens.inputs import Inputs, standing
+from llava_lens.inputs import PER_TOKEN, Inputs, standing
 from llava_lens.pictures import Picture
 from llava_lens.roles import Roles
 from llava_lens.sweep.edits import Rows
@@ -80,6 +81,17 @@ class Row:
         """The pictures, each with the positions of its tokens."""
         return standing(self.inputs, 0, model.cfg) if self.n_images else []
 
+    def seen(self, model: Any) -> Bool[Tensor, "place place"] | None:
+        """Which places each place sees; None where that is all earlier ones, as causality says."""
+        if not getattr(model, "follows_inputs", False):
+            return None
+        inputs = self.compact
+        mask = model.mask(None, 0, inputs.tokens[..., None], inputs)
+        if mask.allowed is not None:
+            return mask.allowed.expand(1, 1, inputs.n_pos, inputs.n_pos)[0, 0]
+        everything = torch.ones(inputs.n_pos, inputs.n_pos, dtype=torch.bool, device=inputs.tokens.device)
+        return None if mask.causal else everything
+
     def place_of(self, column: int) -> int:
         """A position's place without the padding; raises `LensError` for padding and what is not there."""
         column = column + self.n_columns if column < 0 else column
@@ -124,6 +136,11 @@ def shared_length(one: Row, other: Row, model: Any) -> int:
     a, b = one.compact.tokens[0, :n], other.compact.tokens[0, :n]
     differ = (a != b).nonzero()[:, 0]
     shared = int(differ[0]) if len(differ) else n
+    types, others = ({name: v for name, v in row.compact.extras.items() if name in PER_TOKEN} for row in (one, other))
+    if types.keys() != others.keys() or not all(
+        torch.equal(v[:, :n], others[name][:, :n]) for name, v in types.items()
+    ):
+        return 0
     theirs = [picture for _, picture in other.standing(model)]
     for image, (slots, picture) in enumerate(one.standing(model)):
         if slots and (theirs[image : image + 1] != [picture] or not same_picture(one, other, image)):

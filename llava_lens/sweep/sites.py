@@ -21,11 +21,15 @@ SECOND_HALF = ("hook_resid_mid", "hook_mlp_in", "ln2.", "mlp.", "hook_attn_out",
 """Hooks whose change can enter a run between attention and MLP: the attention's own work is as it was."""
 AT_THE_END = ("hook_mlp_out", "hook_resid_post")
 """Hooks whose change can enter a run after the block."""
+TOWER_ENDS = ("vision.hook_features", "vision.ln_post.")
+"""Hooks behind the tower's last block."""
 BRANCHES = ("hook_{}", "attn.hook_{}", "mlp.hook_{}", "{}")
 DERIVED = ("attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_result")
 """Hooks that no run starts from, and that take much memory to record."""
 SEAMS = ("forward", "embed_inputs", "run_blocks", "read_out")
 FRONT_SEAMS = ("splice", "encode_image")
+TOWER_STEPS = ("forward", "start", "embed", "patches", "add_positions", "mask", "angles")
+"""Steps that a class of towers must have left as they are; what it makes of its layers (`select`) is its own."""
 FOLLOWED = ("mask", "positions", "arrange", "embed_tokens")
 """Steps that a class may have of its own: the shortened runs take them as they are."""
 
@@ -46,7 +50,7 @@ def site_of(model: Any, name: str) -> Site:
         late = 2 if block[3] in AT_THE_END else 1 if block[3].startswith(SECOND_HALF) else 0
         return Site("tower" if block[1] else "decoder", stage + late)
     if name.startswith("vision."):
-        return Site("tower", 2 * model.vision.cfg.n_layers if name == "vision.hook_features" else -1)
+        return Site("tower", 2 * model.vision.cfg.n_layers if name.startswith(TOWER_ENDS) else -1)
     if name.startswith("projector."):
         return Site("projector", 0)
     if name in ("hook_text_embed", "hook_embed"):
@@ -107,11 +111,16 @@ def why_not(model: Any, front: bool) -> str | None:
     if not all(type(block) is Block and type(block.attn) is Attention for block in model.blocks):
         return "the decoder's blocks are of another class"
     if front and hasattr(model, "vision"):
-        if type(model.vision) not in TOWERS.values():
+        if not any(_runs_as(type(model.vision), known) for known in TOWERS.values()):
             return f"the tower is a {type(model.vision).__name__}"
         if not all(type(block) is Block and type(block.attn) is Attention for block in model.vision.blocks):
             return "the tower's blocks are of another class"
     return why_watched(model)
+
+
+def _runs_as(kind: type, known: type) -> bool:
+    """Whether a class of towers runs its blocks as a known one does."""
+    return issubclass(kind, known) and all(getattr(kind, step) is getattr(known, step) for step in TOWER_STEPS)
 
 
 def why_watched(model: Any) -> str | None:

@@ -50,7 +50,8 @@ def attribution_names(model: Any, *by: str, through: str | None = None) -> list[
     """The cache entries that an attribution reads, for `names_filter`.
 
     Those of `direct_logit_attribution(by=…)`; with `through` those of `tower_attribution(by=…, through=…)`. Raises
-    `LensError` for an unknown `by` or `through`, and for a tower that the model does not have.
+    `LensError` for an unknown `by` or `through`, for a tower that the model does not have, and for one, or a projector,
+    that is not computed as LLaVA's.
 
     >>> from llava_lens import HookedLlava, LlavaConfig
     >>> cfg = LlavaConfig(n_layers=1, d_model=8, n_heads=2, n_key_value_heads=2, d_head=4, d_mlp=8, act_fn="silu",
@@ -65,6 +66,10 @@ def attribution_names(model: Any, *by: str, through: str | None = None) -> list[
     decoder = stack_names(model, THROUGH, (through,), "through")
     if model.cfg.vision is None:
         raise LensError("this model has no vision tower; expected one that looks at pictures")
+    for part, step, known in ((model.projector, "forward", Projector), (model.vision, "select", Vision)):
+        if getattr(type(part), step) is not getattr(known, step):
+            expected = "LLaVA's, whose account it knows how to go on with"
+            raise LensError(f"tower_attribution through a {type(part).__name__}; expected {expected}")
     suffixes = dict.fromkeys(suffix for each in by for suffix in PARTS[each])
     if type(model.projector).forward is not Projector.forward or type(model.vision).select is not Vision.select:
         kinds = f"{type(model.projector).__name__} behind {type(model.vision).__name__}"

@@ -52,7 +52,7 @@ class Picture:
     def of(cls, cache: LlavaCache, row: int, image: int) -> Picture:
         """Raises `LensError` for a picture that the row does not have, or of which no single patch has a token."""
         assert cache.inputs is not None
-        cfg = cache.model.cfg
+        cfg = cache.model.cfg.seeing(cache.inputs.pixels)
         pictures = standing(cache.inputs, row, cfg) if cfg.vision is not None else []
         if not pictures:
             raise LensError(f"image {image!r} of row {row}; expected none: the prompt has no picture")
@@ -71,7 +71,7 @@ class Picture:
 
     @property
     def cfg(self) -> VisionConfig:
-        return self.cache.model.cfg.vision
+        return self.cache.model.cfg.seeing(self.cache.inputs.pixels).vision  # type: ignore[union-attr]
 
     @property
     def read(self) -> list[int]:

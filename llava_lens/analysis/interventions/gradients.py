@@ -232,7 +232,8 @@ def through_softmax(
 class Softmax:
     """One layer's attention on a base run, `[pos, head, d_head]` each, and the queries or keys that are put into it.
 
-    `at_z` is the metric's gradient at the mixtures. All in float64.
+    `at_z` is the metric's gradient at the mixtures. All in float64. `seen` says what each place sees; None: everything,
+    in the tower.
     """
 
     q: Tensor
@@ -243,7 +244,7 @@ class Softmax:
     moved: Tensor
     side: str
     angles: Angles | None
-    causal: bool
+    seen: Tensor | None
     scale: float
     max_bytes: int
 
@@ -258,7 +259,8 @@ class Softmax:
         turned = hook != rotated_name(model, hook, side)
         angles = Angles(*(part.double() for part in base.angles)) if turned else None
         scale = model.get_submodule(hook.rpartition(".")[0]).scale
-        made = cls(q, k, v, at_z[sample].double(), before, moved, side, angles, not front, scale, max_bytes)
+        seen = None if front else base.visible(0)
+        made = cls(q, k, v, at_z[sample].double(), before, moved, side, angles, seen, scale, max_bytes)
         z = base.acts[beside(hook, "hook_z")][sample]
         miss = float((made.mixtures() - z.double()).abs().max())
         if miss > torch.finfo(z.dtype).eps ** 0.5 * max(1.0, float(z.abs().max())):
@@ -271,7 +273,7 @@ class Softmax:
     def mask(self, pos: Places | None, base: Base) -> Tensor:
         """Which places a cell takes, ones and zeros."""
         mask = self.k.new_zeros(len(self.k))
-        front = not self.causal
+        front = self.seen is None
         mask[slice(None) if pos is None else list(pos) if front else base.row.rows.local(pos)[1]] = 1
         return mask
 
@@ -295,9 +297,8 @@ class Softmax:
     def scores(self, q: Tensor, k: Tensor, kv: int, heads: slice, rows: slice) -> Float[Tensor, "query head key"]:
         """Scores of some queries; what they may not see is -inf."""
         scores = q[rows, heads] @ k[:, kv].T * self.scale
-        if self.causal:
-            n = torch.arange(len(k), device=k.device)
-            scores = scores.masked_fill((n[None] > n[rows, None])[:, None], -torch.inf)
+        if self.seen is not None:
+            scores = scores.masked_fill(~self.seen[rows, None], -torch.inf)
         return scores
 
     def mixtures(self) -> Tensor:

@@ -70,7 +70,7 @@ def knock_out(
         if not tower:
             answer = setting.clean.row.columns[len(row.columns) :]
             sets["from"] = {n: w + answer if row.last in w else w for n, w in sets["from"].items()}
-            _refuse_what_is_ahead(sets["from"], sets["to"])
+            _refuse_what_is_ahead(model, setting.clean.row, sets["from"], sets["to"])
         choices = {**ways, **{name: list(where.values()) for name, where in sets.items()}}
         cells, made = [], []
         for combination in itertools.product(*map(enumerate, choices.values())):
@@ -105,7 +105,7 @@ def blocked(
     ground = Ground(model, Row.of(model, inputs, row_of(inputs, row)), _hook(tower) if tower else "", image)
     queries, keys = ground.select(from_), ground.select(to)
     if not tower:
-        _refuse_what_is_ahead({_said(from_): queries}, {_said(to): keys})
+        _refuse_what_is_ahead(model, ground.row, {_said(from_): queries}, {_said(to): keys})
     each, some = layers_of(layers, cfg.n_layers), _heads(heads, cfg.n_heads)
     return [block_attention(layer, queries, keys, some, tower, image, onward and not tower) for layer in each]
 
@@ -131,8 +131,14 @@ def _said(given: Any) -> str:
     return given if isinstance(given, str) else "positions" if given is not None else "all"
 
 
-def _refuse_what_is_ahead(queries: dict[str, Places], keys: dict[str, Places]) -> None:
+def _refuse_what_is_ahead(model: Any, row: Row, queries: dict[str, Places], keys: dict[str, Places]) -> None:
+    seen = row.seen(model)
     for q, k in itertools.product(queries, keys):
         last, first = max(queries[q]), min(keys[k])
-        if first > last:
+        if seen is None:
+            hidden = first > last
+        else:
+            here, there = ([row.rows.place[column] for column in where] for where in (queries[q], keys[k]))
+            hidden = not bool(seen[here][:, there].any())
+        if hidden:
             raise LensError(f"{q!r} (up to position {last}) never looks at {k!r} (from {first} on): it comes later")

@@ -208,7 +208,7 @@ def edits_of(message: Message, receivers: Sequence[Receiver], shown: set[int]) -
     heard = {r: where for r in receivers if (where := message.columns(r.stage))}
     frozen = {r: where for r, where in heard.items() if r.kind != "logits"}
     if len({r.stage for r in frozen}) > 1:  # one may change what another reads, at later positions too
-        start = min(min(where) for where in frozen.values())
+        start = min(min(where) for where in frozen.values()) if message.base.is_causal else 0
         frozen = {r: [column for column in row.columns if column >= start] for r in frozen}
     made = []
     for receiver, where in (heard | frozen).items():

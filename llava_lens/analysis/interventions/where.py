@@ -76,12 +76,17 @@ class Ground:
         return self.row.roles
 
     @property
+    def vision(self) -> Any:
+        """The tower as it sees the row's pictures."""
+        return self.model.cfg.seeing(self.row.inputs.pixels).vision
+
+    @property
     def class_token(self) -> int:
         """Positions in front of the patches: the tower's class token, the projector's where it is kept."""
         if not self.hook:
             return 0
         axes = self.model.hook(self.hook).axes.split()
-        vision = self.model.cfg.vision
+        vision = self.vision
         if vision is None or "patch" in axes:
             return 0
         return int(vision.keep_class_token if "feature" in axes else vision.class_token)
@@ -106,7 +111,7 @@ class Ground:
         if isinstance(given, Patches):
             if self.front and given.image != self.image:
                 raise LensError(f"patches of image {given.image} at {self.hook!r}, swept in image {self.image}")
-            patches, numbers, vision = self.patches(given.image), given.numbers(self.roles), self.model.cfg.vision
+            patches, numbers, vision = self.patches(given.image), given.numbers(self.roles), self.vision
             if self.front:
                 shown = self.roles.picture(given.image).patches(vision.token_grid[1])
                 numbers = [shown[i] for i in numbers]
@@ -186,9 +191,9 @@ class Ground:
 
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the picture's patches; in the projector of what a token may show, in the decoder does."""
-        if self.model.cfg.vision is None or not self.row.n_images:
+        vision = self.vision
+        if vision is None or not self.row.n_images:
             raise LensError("a sweep over patches needs a picture; the prompt has none")
-        vision = self.model.cfg.vision
         if not self.front:
             return self.roles.grid(self.image)
         return vision.grid if self.prefix == "vision." else vision.token_grid

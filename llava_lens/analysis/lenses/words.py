@@ -59,7 +59,7 @@ class Reader:
         measure = MEASURES[space][0] if by is None else by
         one_of("by", (measure,), MEASURES[space], f" in the {space} space")
         if space == "input":
-            return cls(upcast(model.embed.weight).detach(), measure)
+            return cls(upcast(model.W_E).detach(), measure)
         matrix, gain = upcast(model.unembed.weight).detach(), upcast(model.ln_final.w).detach()
         return cls(matrix, measure, gain, model.cfg.eps, scale)
 
