@@ -365,6 +365,13 @@ class LlavaConfig(DecoderConfig):
         picture = Picture(self.vision.token_grid, self.vision.keep_class_token)
         return Layout(picture.n_tokens, (picture,))
 
+    def seeing(self: L, pixels: torch.Tensor | None) -> L:
+        """Itself with the tower's grid and lengths for pixel values `[picture, channel, height, width]`, or none.
+
+        A subclass whose pictures may have any size overrides it; here all have one.
+        """
+        return self
+
     def layouts(self, extras: Mapping[str, Tensor]) -> Iterator[Layout] | None:
         """How all images of a batch stand in their prompts, in order, as their extras say; None where they say nothing.
 
@@ -374,13 +381,6 @@ class LlavaConfig(DecoderConfig):
         if sizes is None:
             return None
         return (self.layout((width, height)) for height, width in fact(sizes, "sizes", lambda sizes: sizes.tolist()))
-
-    def seeing(self: L, pixels: torch.Tensor | None) -> L:
-        """Itself with the tower's grid and lengths for pixel values `[picture, channel, height, width]`, or none.
-
-        A subclass whose pictures may have any size overrides it; here all have one.
-        """
-        return self
 
     @property
     def fingerprint(self) -> str:

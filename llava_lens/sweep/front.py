@@ -27,7 +27,7 @@ def embedded(base: Base, cells: Sequence[Sequence[Edit]], first: int) -> Tensor:
         if who:
             mine = [[edit for edit in cells[i] if is_of(edit, image)] for i in who]
             at = [row.rows.place[column] for column in slots]
-            numbers = picture.features(base.model.cfg.seeing(row.inputs.pixels).vision.token_grid[1])
+            numbers = picture.features(base.model.cfg.seeing(base.row.inputs.pixels).vision.token_grid[1])
             x[torch.tensor(who)[:, None], torch.tensor(at)] = features(base, mine, image)[:, numbers].to(x)
     pictured = set(row.inputs.slots(base.model.cfg)[0].nonzero()[:, 0].tolist()) if row.n_images else set()
     text = [place for column, place in row.rows.place.items() if column not in pictured]

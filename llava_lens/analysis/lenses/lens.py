@@ -154,7 +154,7 @@ def visual_words(
     for i in rows_of(cache, row):
         reader, token, roles, method = _patch_reader(cache, i, "visual words", answer, space, by, norm, image, position)
         features = _patches(cache, FEATURES, i, image, skip=cache.model.cfg.vision.keep_class_token)
-        each.append(_over_patches(cache, [features], reader, token, top, roles, method)[{"layer": 0}])
+        each.append(_over_patches(cache.model, [features], reader, token, top, roles, method)[{"layer": 0}])
     return same_shape(each)
 
 
@@ -201,7 +201,7 @@ def tower_lens(
             pixels = cache.inputs.pixels[:1].to(weight.device)  # type: ignore[union-attr,index]
             features.append(model.project(chosen, pixels)[0, int(keep) :])
         beside = {"slot": slot, "feature_layers": list(read_layers)} if len(read_layers) > 1 else {}
-        each.append(_over_patches(cache, features, reader, token, top, roles, {**method, **beside}))
+        each.append(_over_patches(model, features, reader, token, top, roles, {**method, **beside}))
     return same_shape(each)
 
 
@@ -276,22 +276,15 @@ def _patches(cache: LlavaCache, name: str, row: int, image: int, skip: bool) -> 
 
 
 def _over_patches(
-    cache: LlavaCache,
-    features: list[Tensor],
-    reader: Reader,
-    token: int,
-    top: int,
-    roles: Roles,
-    method: dict[str, Any],
+    model: Any, features: list[Tensor], reader: Reader, token: int, top: int, roles: Roles, method: dict[str, Any]
 ) -> Lens:
     """Patches of several layers read as words, `[layer, row, col]`."""
-    assert cache.inputs is not None
-    columns = cache.model.cfg.seeing(cache.inputs.pixels).vision.token_grid[1]
     picture = roles.picture(method["image"])
-    (rows, cols), shown = picture.grid, picture.patches(columns)
-    reads = [reader.read(each[shown], token, top) for each in features]
+    rows, cols = picture.grid
+    columns = cols if len(features[0]) == rows * cols else model.cfg.vision.token_grid[1]
+    reads = [reader.read(each[picture.patches(columns)], token, top) for each in features]
     over = (rearrange(torch.stack(each), "layer (row col) ... -> layer row col ...", row=rows, col=cols)
             for each in zip(*reads, strict=True))  # fmt: skip
     read = Read(*over)
     scores = Scores(read.scores, ("layer", "row", "col"), {}, UNITS[reader.by], method, None, (roles,))
-    return Lens.of(cache.model, read, scores)
+    return Lens.of(model, read, scores)
