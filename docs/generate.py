@@ -179,7 +179,7 @@ def models_page() -> str:
         equal = f"within {case.loose:g}: {case.why}" if case.loose else "bit-equal"
         missing = "; ".join(f"{promise}: {why}" for promise, why in case.skip.items())
         rows.append(f"| {case.model} | {case.parts} | `{type(case.ours).__name__}` | {equal} | {missing} |")
-    rows.append("| {} | {} | `{}` | {} | {} |".format(*BLIP))
+    rows = [*dict.fromkeys(rows), "| {} | {} | `{}` | {} | {} |".format(*BLIP)]
     held = ["## What is held", "", "| promise | the tests see that |", "|---|---|"]
     held += [f"| {name} | {' '.join(str(check.__doc__).split())} |" for name, check in battery.PROMISES.items()]
     return MODELS + "\n".join([*rows, "", *held, ""])

@@ -10,14 +10,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from llava_lens.activations import activation
 from llava_lens.errors import LensError
 from llava_lens.facts import fact
 from llava_lens.pictures import Layout, Picture, side_of
@@ -30,32 +30,6 @@ D = TypeVar("D", bound="DecoderConfig")
 L = TypeVar("L", bound="LlavaConfig")
 CPU = torch.device("cpu")
 NOT_ARCHITECTURE = ("model_name", "tokenizer_name", "device", "dtype", "eos_token_ids", "pad_token_id")
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's GELU, approximated by a sigmoid."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "quick_gelu": quick_gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-}
-"""Activation functions of published checkpoints; `activation` finds the rest in transformers."""
-
-
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The function that a checkpoint's config means by this name. Raises `ValueError` for an unknown one."""
-    if name in ACTIVATIONS:
-        return ACTIVATIONS[name]
-    from transformers.activations import ACT2FN
-
-    if name not in ACT2FN:
-        raise ValueError(f"unknown activation {name!r}; known: {', '.join(sorted(ACT2FN))}")
-    return ACT2FN[name]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llava_lens import derived, kernels
-from llava_lens.config import DecoderConfig, TowerConfig, activation, quick_gelu
+from llava_lens.activations import activation, quick_gelu
+from llava_lens.config import DecoderConfig, TowerConfig
 from llava_lens.hooks import Hook, splice
 from llava_lens.kv_cache import KVCache
 from llava_lens.norms import Stream, adds_as_it_norms

@@ -7,7 +7,8 @@ from dataclasses import replace
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llava_lens.config import LlavaConfig, TowerConfig, activation
+from llava_lens.activations import activation
+from llava_lens.config import LlavaConfig, TowerConfig
 from llava_lens.hooks import Hook
 from llava_lens.norms import LayerNorm
 from llava_lens.regions import Region

@@ -65,11 +65,19 @@ def example(hf: Any, images: tuple[int, ...] = (1, 2), written: tuple[int, ...] 
     return given | ({"pixel_values": pixels} if sum(images) else {})
 
 
+PARTS = {
+    "paligemma": "SigLIP with its last norm, Gemma with one key/value head",
+    "paligemma_grouped": "the same with grouped-query attention",
+    "paligemma_wide_heads": "the same with heads of 256",
+    "paligemma_untied_biased_linear_rope": "the same with biases, scaled positions and an unembedding of its own",
+}
+
+
 def case(odd: str) -> Case:
     return Case(
         name=odd,
         model="PaliGemma",
-        parts="SigLIP with its last norm, linear projector, Gemma; prompts read both ways",
+        parts=PARTS[odd],
         hf=lambda attention, dtype: hf_paligemma(odd, attention, dtype),
         inputs=example,
         skip={"text alone": NO_TYPES},

@@ -13,6 +13,7 @@ ROOT = Path(llava_lens.__file__).parent
 FLOORS = {
     "errors": 0,
     "pictures": 1,
+    "activations": 1,
     "config": 2,
     "hooks": 1,
     "kernels": 1,
@@ -64,7 +65,7 @@ FLOORS = {
 """Module or folder → floor. `tiny` holds data and its training and may look anywhere; nothing but `model` looks in."""
 HOMES = {
     "transformer_lens": {"hooks", "record", "stack_cache", "cache", "hooked", "surface"},
-    "transformers": {"config", "images", "prompt", "checkpoint", "generate", "cli", "tiny", "models"},
+    "transformers": {"activations", "config", "images", "prompt", "checkpoint", "generate", "cli", "tiny", "models"},
     "matplotlib": {"plots"},
     "triton": {"kernels"},
 }

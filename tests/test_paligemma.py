@@ -391,7 +391,7 @@ def test_a_question_is_explained_and_its_map_is_drawn():
     found = llava_lens.explain(model, inputs, "w9", versus="w11", method="flow", progress=False)
     assert "w9" in str(found)
     assert explanation_png(found, image)[:4] == b"\x89PNG"
-    with pytest.raises(LensError, match="LinearProjector"):
+    with pytest.raises(LensError, match="LinearProjector behind PaliGemmaVision"):
         tower_attribution(model.run_with_cache(inputs)[1], 5)
 
 

@@ -12,10 +12,10 @@ from brute_force import hooked, inputs_of
 from torch import Tensor
 
 from llava_lens import HookedLlava, LlavaCache
+from llava_lens.activations import activation
 from llava_lens.analysis import attribution_names, direct_logit_attribution, tower_attribution
 from llava_lens.analysis.attribution.features import Picture
 from llava_lens.analysis.attribution.tower import AXES, into_projector, parts
-from llava_lens.config import activation
 from llava_lens.errors import LensError
 from llava_lens.inputs import Inputs
 from llava_lens.tiny import questions, render_scene

@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llava_lens import kernels
-from llava_lens.config import TowerConfig, VisionConfig, activation
+from llava_lens.activations import activation
+from llava_lens.config import TowerConfig, VisionConfig
 from llava_lens.errors import LensError
 from llava_lens.hooks import Hook
 from llava_lens.layers import Block, GatedMLP, Mask

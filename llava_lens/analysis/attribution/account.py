@@ -66,10 +66,6 @@ def attribution_names(model: Any, *by: str, through: str | None = None) -> list[
     decoder = stack_names(model, THROUGH, (through,), "through")
     if model.cfg.vision is None:
         raise LensError("this model has no vision tower; expected one that looks at pictures")
-    for part, step, known in ((model.projector, "forward", Projector), (model.vision, "select", Vision)):
-        if getattr(type(part), step) is not getattr(known, step):
-            expected = "LLaVA's, whose account it knows how to go on with"
-            raise LensError(f"tower_attribution through a {type(part).__name__}; expected {expected}")
     suffixes = dict.fromkeys(suffix for each in by for suffix in PARTS[each])
     if type(model.projector).forward is not Projector.forward or type(model.vision).select is not Vision.select:
         kinds = f"{type(model.projector).__name__} behind {type(model.vision).__name__}"
