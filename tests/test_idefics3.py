@@ -317,7 +317,7 @@ def test_relevancy_goes_through_merged_patches():
 def test_the_tower_is_read_as_words_and_its_account_refused():
     cache = model().run_with_cache(model().prepare("w10", picture(70, 40)))[1]
     assert torch.equal(tower_lens(cache, image=2).scores.values[-1], visual_words(cache, image=2).scores.values)
-    with pytest.raises(LensError, match="tower_attribution through a PixelShuffle; expected LLaVA"):
+    with pytest.raises(LensError, match="PixelShuffle behind Idefics3Vision; expected a projector of two layers"):
         tower_attribution(cache, 5)
 
 
