@@ -175,7 +175,7 @@ def models_page() -> str:
     battery, found = import_module("model_battery"), import_module("test_models").cases()
 
     rows = ["| model | made of | class | logits | does not hold |", "|---|---|---|---|---|"]
-    for case in (param.values[0] for param in found):
+    for case, _ in found:
         equal = f"within {case.loose:g}: {case.why}" if case.loose else "bit-equal"
         missing = "; ".join(f"{promise}: {why}" for promise, why in case.skip.items())
         rows.append(f"| {case.model} | {case.parts} | `{type(case.ours).__name__}` | {equal} | {missing} |")
