@@ -2,8 +2,7 @@
 
     python examples/own_model.py [FOLDER]
 
-Without a folder of a checkpoint a small random model stands in: it shows that every number is equal to Hugging Face's,
-and its answers mean nothing. `docs/extending.md` builds this file step by step.
+Without a checkpoint's folder a small random model stands in. `docs/extending.md` builds this file step by step.
 """
 
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from transformers import DeepseekVLConfig, DeepseekVLForConditionalGeneration, LlamaConfig, SiglipVisionConfig
 
-from llava_lens import HookedLlava, HookedMLLM, Inputs, LlavaConfig
+from llava_lens import HookedLlava, HookedMLLM, Inputs, LlavaConfig, check_parity
 from llava_lens.models import register
 from llava_lens.norms import LayerNorm
 from llava_lens.rename import LLAVA_TABLE, Fold, Row
@@ -53,22 +52,18 @@ register("deepseek_vl", HookedDeepseek)
 
 
 def stand_in() -> DeepseekVLForConditionalGeneration:
-    """A small random DeepSeek-VL."""
     sizes: dict[str, Any] = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-    text = LlamaConfig(vocab_size=60, **sizes)
-    vision = SiglipVisionConfig(image_size=32, patch_size=8, **sizes)
+    text, vision = LlamaConfig(vocab_size=60, **sizes), SiglipVisionConfig(image_size=32, patch_size=8, **sizes)
     config = DeepseekVLConfig(text_config=text, vision_config=vision, image_token_id=59)
-    torch.manual_seed(0)
     return DeepseekVLForConditionalGeneration(config).eval()
 
 
 def main(folder: str | None = None) -> None:
     hf = stand_in() if folder is None else DeepseekVLForConditionalGeneration.from_pretrained(folder).eval()
     model = HookedMLLM.from_hf(hf)
-    image = [model.cfg.image_token_id] * model.cfg.tokens_per_image
-    pixels = torch.rand(1, 3, model.cfg.vision.image_size, model.cfg.vision.image_size)
-    inputs = Inputs.from_tokens(torch.tensor([[1, *image, 7, 8, 9]]), model.cfg, pixels)
-    print(torch.equal(model(inputs), hf(**model.for_hf(inputs)).logits), inputs.roles_of())
+    image, side = [model.cfg.image_token_id] * model.cfg.tokens_per_image, model.cfg.vision.image_size
+    inputs = Inputs.from_tokens(torch.tensor([[1, *image, 7, 8, 9]]), model.cfg, torch.rand(1, 3, side, side))
+    print(check_parity(model, hf, inputs))
 
 
 if __name__ == "__main__":
