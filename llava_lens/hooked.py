@@ -35,6 +35,15 @@ class HookedModel(HookedRootModule):
     n_runs: int = 0
     inputs_seen: Inputs | None = None
 
+    def _apply(self, *args: Any, **kwargs: Any) -> HookedModel:
+        super()._apply(*args, **kwargs)
+        self._note_placement()
+        return self
+
+    def _note_placement(self) -> None:
+        """Take device and dtype of the weights into the config, after they were loaded or moved."""
+        raise NotImplementedError
+
     def hook(self, name: str) -> Hook:
         """The hook called `name`; raises `UnknownHook` with the nearest names."""
         found = self.hook_dict.get(name)

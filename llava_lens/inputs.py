@@ -307,6 +307,11 @@ def _roles_of_tokens(ids: list[int], mask: list[int], layouts: list[Layout], cfg
     return Roles(labels, strings, in_a_row(layouts), text, spans, cut_from(layouts))
 
 
+def copied(extras: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
+    """The extras of `n` copies of a batch."""
+    return {name: extra.repeat(n, *[1] * (extra.ndim - 1)) for name, extra in extras.items()}
+
+
 def standing(inputs: Inputs, row: int, cfg: LlavaConfig) -> list[tuple[list[int], Picture]]:
     """The pictures of a row, each with the positions of its tokens."""
     at = inputs.slots(cfg)[row].nonzero()[:, 0].tolist()

@@ -147,11 +147,6 @@ class HookedLlava(InputReader, Planned, HookedModel):
         self._note_placement()
         return self.eval()
 
-    def _apply(self: M, *args: Any, **kwargs: Any) -> M:
-        super()._apply(*args, **kwargs)
-        self._note_placement()
-        return self
-
     def _note_placement(self) -> None:
         weight = self.embed.weight
         self.cfg = replace(self.cfg, device=weight.device, dtype=weight.dtype)

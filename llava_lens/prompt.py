@@ -265,9 +265,7 @@ def _encode_whole(
     token = processor.image_token
     expanded, at = "", 0
     edges: list[int] = [0]
-    kept: list[tuple[int, Span | None]] = [
-        (0, None)
-    ]  # where each stretch of the expanded text starts: its shift, or its placeholder
+    kept: list[tuple[int, Span | None]] = [(0, None)]  # of each stretch of the expanded text: its shift, or placeholder
     for match, layout in zip(re.finditer(re.escape(token), text), layouts, strict=False):
         expanded += text[at : match.start()]
         edges.append(len(expanded))

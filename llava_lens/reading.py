@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llava_lens.errors import LensError, nearest
 from llava_lens.facts import token_facts
-from llava_lens.inputs import Inputs
+from llava_lens.inputs import Inputs, copied
 from llava_lens.preparation import prepare
 from llava_lens.surface import TransformerLensSurface
 
@@ -132,8 +132,7 @@ class InputReader(TransformerLensSurface):
     def _held_extras(self, tokens: Tensor) -> dict[str, Tensor]:
         """The extras of the inputs looked at, once per copy of the batch; tokens may go on behind theirs."""
         assert self._held is not None
-        copies, held = self._copies(tokens), self._held.extras_over(tokens.shape[1])
-        return {name: extra.repeat(copies, *[1] * (extra.ndim - 1)) for name, extra in held.items()}
+        return copied(self._held.extras_over(tokens.shape[1]), self._copies(tokens))
 
     def _resembles_held(self, tokens: Tensor) -> bool:
         """Whether tokens have their pictures and padding where the inputs looked at have them."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from llava_lens.analysis.attribution.answers import Several, Word, tokens_of, told
 from llava_lens.analysis.interventions.study import read, row_of
 from llava_lens.errors import LensError
-from llava_lens.inputs import Inputs
+from llava_lens.inputs import Inputs, copied
 from llava_lens.kernels import upcast
 from llava_lens.roles import Roles
 from llava_lens.sweep.journal import digest
@@ -177,7 +177,11 @@ class Case:
         """Logits at the last position of runs that start in the first layer; keys that are not `seen` are blocked."""
         mask = torch.ones(stream.shape[:2], dtype=torch.long, device=stream.device) if seen is None else seen
         n = len(stream)
-        beside = {"input_ids": self.inputs.tokens.repeat(n, 1), **self._extras(n)} if self.model.follows_inputs else {}
+        beside = (
+            {"input_ids": self.inputs.tokens.repeat(n, 1), **copied(self.inputs.extras, n)}
+            if self.model.follows_inputs
+            else {}
+        )
         return self.model(
             stream, start_at_layer=0, attention_mask=mask, position_ids=self.positions, logits_to_keep=1, **beside
         )[:, -1]
@@ -212,12 +216,8 @@ class Case:
         several = [pictures if i == self.image else pixels[i].expand_as(pictures) for i in range(len(pixels))]
         tokens = self.inputs.tokens.repeat(n, 1)
         pixels = torch.stack(several, 1).flatten(0, 1)
-        inputs = replace(self.inputs, tokens=tokens, pixels=pixels, roles=None, extras=self._extras(n))
+        inputs = replace(self.inputs, tokens=tokens, pixels=pixels, roles=None, extras=copied(self.inputs.extras, n))
         return self.model(inputs, logits_to_keep=1)[:, -1]
-
-    def _extras(self, n: int) -> dict[str, Tensor]:
-        """The extras of `n` copies of the row."""
-        return {name: extra.repeat(n, *[1] * (extra.ndim - 1)) for name, extra in self.inputs.extras.items()}
 
     def runs_at_once(self, pixels: bool = False, graph: bool = False, max_bytes: int = MAX_BYTES) -> int:
         """How many runs fit a budget: stream, projections, MLP and attention of one layer, or of all on the graph."""

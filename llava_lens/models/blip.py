@@ -132,11 +132,6 @@ class HookedBlip(HookedModel):
         self._note_placement()
         return self.eval()
 
-    def _apply(self: M, *args: Any, **kwargs: Any) -> M:
-        super()._apply(*args, **kwargs)
-        self._note_placement()
-        return self
-
     def _note_placement(self) -> None:
         weight = self.encoder.embed.weight
         self.cfg = replace(self.cfg, device=weight.device, dtype=weight.dtype)

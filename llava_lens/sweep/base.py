@@ -150,7 +150,7 @@ class Base:
         if self.row.n_columns != like.row.n_columns and self.model.cfg.rope.get("rope_type") in ("dynamic", "longrope"):
             return 0  # the rotary frequencies depend on the length
         shared = shared_length(self.row, like.row, self.model)
-        apart = not self.is_causal or not _same(self.positions, like.positions, shared)
+        apart = not self.is_causal or not torch.equal(self.positions[..., :shared], like.positions[..., :shared])
         return 0 if apart and shared < max(len(self.row.columns), len(like.row.columns)) else shared
 
     def _pictures_as(self, like: Base) -> bool:
@@ -240,8 +240,3 @@ class Base:
         after = act.clone()
         edit.write(after, axes, rows)
         return torch.equal(after, act)
-
-
-def _same(a: Tensor, b: Tensor, n: int) -> bool:
-    """Whether two rows of positions begin alike."""
-    return torch.equal(a[..., :n], b[..., :n])
